@@ -1,0 +1,1 @@
+"""lbq: quantize language models offline, then decode them at memory speed."""
