@@ -1,0 +1,44 @@
+"""JSON that is decoded into typed structs or refused, and encoded to the same bytes every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from lbq.formats.errors import DataError, StorageError
+
+T = TypeVar("T")
+
+MAX_BYTES = 64 << 20  # a manifest of a thousand layers is a few megabytes
+
+
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """The file's bytes. Raises DataError past ``limit`` bytes, StorageError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}") from None
+    if len(data) > limit:
+        raise DataError(f"{path}: larger than {limit} bytes: this is not a file lbq reads")
+    return data
+
+
+def decode(data: bytes, kind: type[T], where: object) -> T:
+    """Decode strictly into ``kind``; DataError names ``where`` and the field."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def read(path: Path, kind: type[T], limit: int = MAX_BYTES) -> T:
+    """Read and decode a JSON file: :func:`read_bytes`, then :func:`decode`."""
+    return decode(read_bytes(path, limit), kind, path)
+
+
+def encode(value: object) -> bytes:
+    """Indented JSON with a final newline; the same value gives the same bytes."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"

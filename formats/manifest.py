@@ -1,0 +1,118 @@
+"""``lbq.json``: what an artifact is, how it was made and what it cost. Written last; without it there is no artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from lbq.formats import json_file
+from lbq.formats.errors import DataError, StorageError
+from lbq.formats.spec import Count, ModelSpec, Name
+
+MANIFEST = "lbq.json"
+REPORT = "report.json"
+VERSION = 1
+
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+LAYOUT = "compressed-tensors pack-quantized, dense"
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all parts: immutable, and strict about fields it does not know."""
+
+
+class QuantizedModule(_Part, frozen=True):
+    """One linear layer: ``NAME.weight_packed``, ``NAME.weight_scale``, ``NAME.weight_shape``."""
+
+    n: Count
+    k: Count
+    bits: Literal[3, 4, 8]
+    group: Count  # codes that share a scale; k: one scale a row
+    layout: Literal["compressed-tensors pack-quantized, dense"] = LAYOUT
+
+    def __post_init__(self) -> None:
+        if self.k % self.group:
+            raise ValueError(f"group {self.group} does not divide {self.k}")
+
+
+class DenseTensor(_Part, frozen=True):
+    """A tensor that stays BF16."""
+
+    shape: tuple[Count, ...]
+    dtype: Literal["bfloat16"] = "bfloat16"
+
+
+class FileEntry(_Part, frozen=True):
+    """A file of the artifact, or of the source."""
+
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Sha256
+
+
+class Method(_Part, frozen=True):
+    """How codes were found, and the settings asked for."""
+
+    name: Literal["rtn"]
+    scale_rule: str
+    bits: Literal[3, 4, 8]
+    group: Count | None
+    lm_head: Literal[4, 8, 16]
+    keep: tuple[str, ...] = ()
+    set: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
+
+
+class Source(_Part, frozen=True):
+    """The checkpoint that was read: its name, and its files by hash."""
+
+    name: str
+    revision: str | None
+    files: dict[str, FileEntry]
+
+
+class Summary(_Part, frozen=True):
+    """The report's totals over quantised weights, each weight counted once."""
+
+    weights: int
+    bits_per_weight: float  # codes and scales
+    cosine: float
+    worst_cosine: float
+    relative_error: float
+
+
+class Manifest(_Part, frozen=True):
+    """All of ``lbq.json``. ``notes`` are the things that differ from what was asked for, as they were said."""
+
+    lbq_format: int
+    spec: ModelSpec
+    quantized: dict[Name, QuantizedModule]
+    dense: dict[Name, DenseTensor]
+    method: Method
+    source: Source
+    tools: dict[str, str]
+    summary: Summary
+    notes: tuple[str, ...]
+    files: dict[Name, FileEntry]
+
+
+class _Version(msgspec.Struct):
+    lbq_format: int
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``folder/lbq.json``.
+
+    Raises StorageError where there is none, DataError for a version this lbq does not know or a field that is wrong.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise StorageError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise DataError(f"{folder}: not an lbq artifact (no {MANIFEST}); make one with: lbq convert MODEL")
+    data = json_file.read_bytes(path)
+    version = json_file.decode(data, _Version, path).lbq_format
+    if version != VERSION:
+        raise DataError(f"{path}: format version {version}; this lbq reads version {VERSION}: upgrade lbq")
+    return json_file.decode(data, Manifest, path)
