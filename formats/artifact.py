@@ -107,10 +107,8 @@ def open_artifact(folder: Path | str) -> Artifact:
     return artifact
 
 
-def verify(
-    folder: Path | str, on_bytes: Callable[[str, int], None] | None = None
-) -> Iterator[tuple[str, str | None]]:
-    """Hash every file of an artifact. Yields (file name, what is wrong or None); ``on_bytes(name, n)`` reports progress.
+def verify(folder: Path | str, on_bytes: Callable[[str, int], None] | None = None) -> Iterator[tuple[str, str | None]]:
+    """Hash every file. Yields (file name, what is wrong or None); ``on_bytes(name, n)`` reports progress.
 
     Raises like :func:`read_manifest` where there is no manifest to compare with.
     """

@@ -1,4 +1,4 @@
-"""``lbq.json``: what an artifact is, how it was made and what it cost. Written last; without it there is no artifact."""
+"""``lbq.json``, the manifest: what an artifact is, how it was made and what it cost. It is written last."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import msgspec
 
 from lbq.formats import json_file
 from lbq.formats.errors import DataError, StorageError
+from lbq.formats.scheme import Scheme
 from lbq.formats.spec import Count, ModelSpec, Name
 
 MANIFEST = "lbq.json"
@@ -35,6 +36,11 @@ class QuantizedModule(_Part, frozen=True):
     def __post_init__(self) -> None:
         if self.k % self.group:
             raise ValueError(f"group {self.group} does not divide {self.k}")
+
+    @property
+    def scheme(self) -> Scheme:
+        """Bits and group, None standing for a row."""
+        return Scheme(self.bits, None if self.group == self.k else self.group)
 
 
 class DenseTensor(_Part, frozen=True):

@@ -107,9 +107,8 @@ class PackedWeight:
 
     def signed_codes(self) -> torch.Tensor:
         """Codes as int8 [N, K] in [−2^(bits−1), 2^(bits−1))."""
-        return (unpack(self.words, self.bits, self.k) ^ (1 << (self.bits - 1))).view(torch.int8) if self.bits == 8 else (
-            unpack(self.words, self.bits, self.k).view(torch.int8) - (1 << (self.bits - 1))
-        )
+        codes = unpack(self.words, self.bits, self.k)
+        return codes.sub_(1 << (self.bits - 1)).view(torch.int8)  # wraps below zero, as two's complement does
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [N, K] that the codes and scales stand for; float32 holds it exactly."""
