@@ -1,8 +1,8 @@
 """The model spec: all that a runtime must know to decode, and nothing about who made the model.
 
 It is written once by the quantizer's adapter of the model's family and is part of the manifest. Names are exact;
-``{i}`` in a name stands for the layer's number. A mixer or a feed-forward block is one variant of a tagged union; a new kind
-of model is a new variant or a new field with a default, and old artifacts stay readable.
+``{i}`` in a name stands for the layer's number. A mixer or a feed-forward block is one variant of a tagged union; a
+new kind of model is a new variant or a new field with a default, and old artifacts stay readable.
 """
 
 from __future__ import annotations

@@ -82,7 +82,6 @@ HARMLESS = {
     "unsloth_version",
     "use_cache",
 }
-)
 
 
 class RopeConfig(msgspec.Struct, frozen=True):
