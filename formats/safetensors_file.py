@@ -1,8 +1,9 @@
 """Safetensors files and checkpoints made of them, mapped, by a reader that trusts nothing.
 
 Why not the ``safetensors`` package, which is the oracle of the tests: errors must name the file and the tensor, and
-consumed pages must be given back while a checkpoint larger than memory streams through. The format: eight bytes with the length of the header, little
-endian; the header, JSON; the data.
+consumed pages must be given back while a checkpoint larger than memory streams through.
+
+The format: eight bytes with the length of the header, little endian; the header, JSON; the data.
 https://github.com/huggingface/safetensors#format
 """
 
@@ -29,6 +30,7 @@ from lbq.formats.unique_keys import check_unique_keys
 
 # Bounds time and memory on hostile input; 150,000 tensors in one file fit.
 MAX_HEADER: Final = 16 << 20
+MAX_ENTRY: Final = 4096  # bytes of one tensor's entry: more than its largest shape needs
 MAX_DIMS: Final = 64  # torch's own limit in most operations
 _LIMIT: Final = 2**63 - 1
 
@@ -192,15 +194,19 @@ def parse_header(path: Path, header: bytes, size: int) -> tuple[Mapping[str, Ten
 
 
 def _tensor_info(where: str, name: str, raw: msgspec.Raw, base: int) -> TensorInfo:
-    entry = decode(bytes(raw), HeaderEntry, where)
+    text = bytes(raw)
+    if len(text) > MAX_ENTRY:
+        raise DataError(f"{where}: header entry of {len(text)} bytes")
+    entry = decode(text, HeaderEntry, where)
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:
         raise DataError(f"{where}: unknown dtype {shown(entry.dtype)}")
     if len(entry.shape) > MAX_DIMS:
         raise DataError(f"{where}: {len(entry.shape)} dimensions")
-    # Empty dimensions count as one here: torch computes strides that way, and they must not overflow either.
-    if prod(max(1, size) for size in entry.shape) * dtype.itemsize > _LIMIT or b"-" in bytes(raw):
-        raise DataError(f"{where}: impossible shape {list(entry.shape)}")
+    # Empty dimensions count as one: torch computes strides that way, and they must not overflow either. A minus that
+    # has survived the decoding is that of -0.
+    if prod(max(1, size) for size in entry.shape) * dtype.itemsize > _LIMIT or b"-" in text:
+        raise DataError(f"{where}: impossible shape {shown(str(list(entry.shape)))}")
     start, stop = entry.data_offsets
     nbytes = prod(entry.shape) * dtype.itemsize
     if stop - start != nbytes:
