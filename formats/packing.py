@@ -53,7 +53,7 @@ def unpack(words: torch.Tensor, bits: int, k: int) -> torch.Tensor:
     assert words.shape[1] == packed_words(k, bits)
     stream = words.contiguous().view(torch.uint8)  # [N, 4·words]
     if bits == 8:
-        return stream[:, :k].contiguous()
+        return stream[:, :k].clone(memory_format=torch.contiguous_format)  # never a view: callers work in place
     if bits == 4:
         return torch.stack((stream & 15, stream >> 4), dim=2).view(words.shape[0], -1)[:, :k].contiguous()
     spare = -stream.shape[1] % 3
