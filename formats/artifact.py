@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from lbq.formats.errors import DataError, StorageError
+from lbq.formats.disk import check_plain_name, hash_file, listed
+from lbq.formats.errors import DataError
 from lbq.formats.manifest import MANIFEST, FileEntry, Manifest, QuantizedModule, read_manifest
 from lbq.formats.packing import SCALE_DTYPE, PackedWeight, packed_words
 from lbq.formats.safetensors_file import Checkpoint, open_checkpoint
+from lbq.formats.safetensors_writer import TensorPlan
 from lbq.formats.spec import Projection
 
 DENSE_DTYPE = torch.bfloat16
 
 
-@dataclass(frozen=True)
-class Expected:
-    """A tensor that the manifest promises."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def packed_tensors(module: str, entry: QuantizedModule) -> tuple[Expected, Expected, Expected]:
+def packed_tensors(module: str, entry: QuantizedModule) -> tuple[TensorPlan, TensorPlan, TensorPlan]:
     """The tensors that store one quantised linear layer: words, scales, shape."""
     return (
-        Expected(f"{module}.weight_packed", torch.int32, (entry.n, packed_words(entry.k, entry.bits))),
-        Expected(f"{module}.weight_scale", SCALE_DTYPE, (entry.n, entry.k // entry.group)),
-        Expected(f"{module}.weight_shape", torch.int64, (2,)),
+        TensorPlan(f"{module}.weight_packed", torch.int32, (entry.n, packed_words(entry.k, entry.bits))),
+        TensorPlan(f"{module}.weight_scale", SCALE_DTYPE, (entry.n, entry.k // entry.group)),
+        TensorPlan(f"{module}.weight_shape", torch.int64, (2,)),
     )
 
 
@@ -118,36 +109,20 @@ def verify(folder: Path | str, on_bytes: Callable[[str, int], None] | None = Non
         yield name, _file_problem(folder / name, entry, lambda n, name=name: on_bytes(name, n) if on_bytes else None)  # type: ignore[misc]
 
 
-def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """The file's sha256 in hex. Raises StorageError where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(8 << 20):
-                digest.update(block)
-                if on_bytes:
-                    on_bytes(len(block))
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}") from None
-    return digest.hexdigest()
-
-
 def _file_problem(path: Path, entry: FileEntry, on_bytes: Callable[[int], None]) -> str | None:
     if not path.is_file():
         return "missing"
     size = path.stat().st_size
     if size != entry.size:
         return f"{size} bytes instead of {entry.size}"
-    if sha256_file(path, on_bytes) != entry.sha256:
+    if hash_file(path, on_bytes).sha256 != entry.sha256:
         return "content differs from its sha256"
     return None
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
-        if Path(name).name != name or name in ("", ".", "..", MANIFEST) or "\\" in name or ":" in name:
-            raise DataError(f"{folder / MANIFEST}: {name!r} is not a plain file name")
-        path = folder / name
+        path = folder / check_plain_name(name, str(folder / MANIFEST))
         if not path.is_file():
             raise DataError(f"{folder}: {name} is missing; fetch or convert the artifact again")
         size = path.stat().st_size
@@ -161,12 +136,11 @@ def _check_tensors(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> 
     for name, dense in manifest.dense.items():
         if name in expected:
             raise DataError(f"{folder / MANIFEST}: {name} is both quantized and dense")
-        expected[name] = Expected(name, DENSE_DTYPE, dense.shape)
+        expected[name] = TensorPlan(name, DENSE_DTYPE, dense.shape)
     names = set(checkpoint.names())
     for problem, odd in (("missing", expected.keys() - names), ("not in the manifest", names - expected.keys())):
         if odd:
-            shown = ", ".join(sorted(odd)[:5]) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
-            raise DataError(f"{folder}: tensors {problem}: {shown}")
+            raise DataError(f"{folder}: tensors {problem}: {listed(sorted(odd))}")
     for tensor in expected.values():
         info = checkpoint.info(tensor.name)
         if (info.dtype, tuple(info.shape)) != (tensor.dtype, tensor.shape):

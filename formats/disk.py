@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -78,14 +78,16 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def hash_file(path: Path) -> Written:
-    """Size and sha256 of a file, read block by block."""
+def hash_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> Written:
+    """Size and sha256 of a file, read block by block; ``on_bytes`` hears of every block."""
     digest, size = hashlib.sha256(), 0
     with storage_errors(path), path.open("rb", buffering=0) as file:
         block = bytearray(1 << 20)
         while count := file.readinto(block):
             digest.update(memoryview(block)[:count])
             size += count
+            if on_bytes:
+                on_bytes(count)
     return Written(size, digest.hexdigest())
 
 

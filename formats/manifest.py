@@ -17,7 +17,6 @@ REPORT = "report.json"
 VERSION = 1
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-LAYOUT = "compressed-tensors pack-quantized, dense"
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,13 +28,14 @@ class QuantizedModule(_Part, frozen=True):
 
     n: Count
     k: Count
-    bits: Literal[3, 4, 8]
+    bits: int
     group: Count  # codes that share a scale; k: one scale a row
-    layout: Literal["compressed-tensors pack-quantized, dense"] = LAYOUT
+    layout: Literal["compressed-tensors pack-quantized, dense"] = "compressed-tensors pack-quantized, dense"
 
     def __post_init__(self) -> None:
         if self.k % self.group:
             raise ValueError(f"group {self.group} does not divide {self.k}")
+        Scheme(self.bits, None if self.group == self.k else self.group)  # its own checks
 
     @property
     def scheme(self) -> Scheme:
@@ -61,10 +61,10 @@ class Method(_Part, frozen=True):
     """How codes were found, and the settings asked for."""
 
     name: Literal["rtn"]
-    scale_rule: str
-    bits: Literal[3, 4, 8]
+    scale_rules: dict[str, str]  # by bits
+    bits: int
     group: Count | None
-    lm_head: Literal[4, 8, 16]
+    lm_head: int
     keep: tuple[str, ...] = ()
     set: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()

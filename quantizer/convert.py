@@ -1,0 +1,272 @@
+"""A BF16 checkpoint becomes an artifact, streamed tensor by tensor: memory is a few times the largest tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import torch
+
+from lbq.formats import json_file
+from lbq.formats import manifest as manifests
+from lbq.formats import report as reports
+from lbq.formats.artifact import DENSE_DTYPE
+from lbq.formats.compressed_tensors import quantization_config
+from lbq.formats.disk import Written, require_space
+from lbq.formats.errors import DataError
+from lbq.formats.manifest import MANIFEST, REPORT, FileEntry, Manifest, Method
+from lbq.formats.packing import SCALE_DTYPE, packed_words
+from lbq.formats.report import ModuleReport, Report
+from lbq.formats.safetensors_file import Checkpoint, open_checkpoint
+from lbq.formats.safetensors_writer import ShardWriter, index_json, plan_shards, shard_names
+from lbq.formats.staging import StagedFolder, check_target
+from lbq.quantizer.families import read_spec
+from lbq.quantizer.measure import Meter, Totals
+from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
+from lbq.quantizer.request import Request
+from lbq.quantizer.rtn import DEFAULT_RULES, UnquantizableWeightError, quantize
+from lbq.quantizer.source import Hasher, SourceFolder
+
+CPU_BLOCK = 1 << 21  # weights quantised at a time: float32 temporaries that stay near the caches
+GPU_BLOCK = 1 << 26
+SPARE_BYTES = 64 << 20  # small files and headers, on top of the tensors
+
+OnProgress = Callable[[str, int], None]  # name of the tensor, bytes of the source that were consumed
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that has been decided and not begun."""
+
+    source: SourceFolder
+    request: Request
+    checkpoint: Checkpoint
+    plan: Plan
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes that will be read."""
+        return sum(self.checkpoint.info(step.source).nbytes for step in self.plan.steps)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimated peak of resident memory beyond the interpreter's: the worst step's source, result and blocks."""
+        worst = max(
+            self.checkpoint.info(step.source).nbytes + sum(tensor.nbytes for tensor in step.outputs())
+            for step in self.plan.steps
+        )
+        return worst + 8 * 4 * CPU_BLOCK
+
+    def default_name(self) -> str:
+        """``NAME-int4-g256``: the label, bits and group that were asked for."""
+        scheme = self.request.scheme
+        return f"{self.source.label}-int{scheme.bits}-g{scheme.group or 'row'}"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished artifact."""
+
+    path: Path
+    manifest: Manifest
+    report: Report
+
+
+def prepare(source: SourceFolder, request: Request) -> Prepared:
+    """Read config and headers and decide. Raises DataError and UsageError before any output exists."""
+    adapted = read_spec(source.folder)
+    checkpoint = open_checkpoint(source.folder)
+    plan = make_plan(
+        adapted.spec, checkpoint, request, adapted.unknown_keys, _head_differs(adapted.spec.tied, checkpoint)
+    )
+    return Prepared(source, request, checkpoint, plan)
+
+
+def write_artifact(
+    prepared: Prepared,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+) -> Conversion:
+    """Convert into the folder ``out``, which appears whole or not at all.
+
+    ``device`` is ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``. Raises BusyError if somebody else converts
+    into ``out``, StorageError for the disk, DataError for a weight that cannot be quantised.
+    """
+    source, plan = prepared.source, prepared.plan
+    check_target(out, source.folder, overwrite=overwrite)
+    require_space(out, plan.nbytes + SPARE_BYTES)
+    on_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    hasher = Hasher([source.folder / "config.json", *source.companions(), *_weight_files(prepared)])
+    with StagedFolder(out, overwrite=overwrite) as stage:
+        files, modules, totals = _write_shards(prepared, stage, on_device, on_progress or _quiet)
+        report = Report(reports.VERSION, tuple(modules), plan.notes)
+        for name, data in _small_files(prepared, report):
+            files[name] = stage.add_file(name, data)
+        manifest = Manifest(
+            lbq_format=manifests.VERSION,
+            spec=plan.spec,
+            quantized=plan.quantized,
+            dense=plan.dense,
+            method=_method(prepared.request),
+            source=manifests.Source(source.name, source.revision, hasher.result()),
+            tools={"lbq": version("lbq"), "torch": str(torch.__version__)},
+            summary=totals.summary(plan.bits_per_weight),
+            notes=plan.notes,
+            files={name: FileEntry(written.size, written.sha256) for name, written in sorted(files.items())},
+        )
+        stage.add_file(MANIFEST, json_file.encode(manifest))
+        stage.commit()
+    return Conversion(out, manifest, report)
+
+
+def _quiet(name: str, count: int) -> None:
+    """Progress that nobody watches."""
+    del name, count
+
+
+def _method(request: Request) -> Method:
+    scheme = request.scheme
+    return Method(
+        name="rtn",
+        scale_rules={str(bits): rule.value for bits, rule in sorted(DEFAULT_RULES.items())},
+        bits=scheme.bits,
+        group=scheme.group,
+        lm_head=request.lm_head,
+        keep=request.keep,
+        set=tuple(override.text for override in request.overrides),
+        readers=request.readers,
+    )
+
+
+def _weight_files(prepared: Prepared) -> list[Path]:
+    folder = prepared.source.folder
+    index = folder / "model.safetensors.index.json"
+    return ([index] if index.is_file() else []) + [folder / name for name in sorted(prepared.checkpoint.files)]
+
+
+def _head_differs(tied: bool, checkpoint: Checkpoint) -> bool:
+    """Whether a tied checkpoint saves a head that is not the embedding; transformers then loads them untied."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    names = checkpoint.names()
+    if not tied or head not in names or embedding not in names:
+        return False
+    a, b = checkpoint.tensor(head), checkpoint.tensor(embedding)
+    same = a.shape == b.shape and a.dtype == b.dtype
+    same = same and all(torch.equal(x, y) for x, y in zip(a.split(1024), b.split(1024), strict=True))
+    for name in (head, embedding):
+        checkpoint.release(name)
+    return not same
+
+
+def _write_shards(
+    prepared: Prepared, stage: StagedFolder, device: torch.device, on_progress: OnProgress
+) -> tuple[dict[str, Written], list[ModuleReport], Totals]:
+    """All safetensors files, each written front to back while its tensors are made."""
+    plan = prepared.plan
+    shards = plan_shards(plan.outputs(), prepared.request.max_shard_bytes)
+    names = shard_names(len(shards))
+    shard_of = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    writers = {
+        name: ShardWriter(stage.path(name), shard, {"format": "pt"}) for name, shard in zip(names, shards, strict=True)
+    }
+    files: dict[str, Written] = {}
+    modules: list[ModuleReport] = []
+    totals = Totals()
+    left = {name: len(shard) for name, shard in zip(names, shards, strict=True)}
+    try:
+        for step in plan.steps:
+            if isinstance(step, Keep):
+                tensors: Iterable[tuple[str, torch.Tensor]] = [(step.name, _dense(prepared, step, on_progress))]
+            else:
+                meter = Meter()
+                tensors = _quantized(prepared, step, device, meter, on_progress)
+                modules.append(meter.report(step.module, step.entry))
+                totals.include(meter, step.entry)
+            for name, tensor in tensors:
+                shard_name = shard_of[name]
+                writers[shard_name].write(name, tensor)
+                left[shard_name] -= 1
+                if not left[shard_name]:
+                    files[shard_name] = writers[shard_name].finish()
+            prepared.checkpoint.release(step.source)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    if len(shards) > 1:
+        index = "model.safetensors.index.json"
+        files[index] = stage.add_file(index, index_json(shards))
+    return files, modules, totals
+
+
+def _dense(prepared: Prepared, step: Keep, on_progress: OnProgress) -> torch.Tensor:
+    """The tensor as BF16. Raises DataError for NaN or infinity, also one that the rounding would make."""
+    source = prepared.checkpoint.tensor(step.source)
+    tensor = source.to(DENSE_DTYPE)
+    for start, block in enumerate(tensor.flatten().split(CPU_BLOCK)):
+        finite = torch.isfinite(block)
+        if not bool(finite.all()):
+            at = start * CPU_BLOCK + int((~finite).to(torch.uint8).argmax())
+            raise _bad_weight(prepared, step.source, at, float(source.flatten()[at]))
+    on_progress(step.name, source.nbytes)
+    return tensor
+
+
+def _quantized(
+    prepared: Prepared, step: Quantize, device: torch.device, meter: Meter, on_progress: OnProgress
+) -> list[tuple[str, torch.Tensor]]:
+    """Words, scales and shape of one linear layer, row block by row block; the meter sees every block."""
+    entry = step.entry
+    source = prepared.checkpoint.tensor(step.source)  # [N, K], mapped
+    words = torch.empty((entry.n, packed_words(entry.k, entry.bits)), dtype=torch.int32)
+    scales = torch.empty((entry.n, entry.k // entry.group), dtype=SCALE_DTYPE)
+    rows = max(1, (GPU_BLOCK if device.type == "cuda" else CPU_BLOCK) // entry.k)
+    for start in range(0, entry.n, rows):
+        block = source[start : start + rows].to(device).float()
+        try:
+            packed = quantize(block, entry.bits, step.group, DEFAULT_RULES[entry.bits])
+        except UnquantizableWeightError as error:
+            raise _bad_weight(prepared, step.source, start * entry.k + error.index, error.value) from None
+        meter.add(block, packed.dequantize())
+        words[start : start + rows] = packed.words.to("cpu")
+        scales[start : start + rows] = packed.scales.repeat_interleave(step.group // entry.group, dim=1).to("cpu")
+        on_progress(step.module, block.numel() * source.element_size())
+    shape = torch.tensor([entry.n, entry.k], dtype=torch.int64)
+    return [(tensor.name, data) for tensor, data in zip(step.outputs(), (words, scales, shape), strict=True)]
+
+
+def _bad_weight(prepared: Prepared, name: str, index: int, value: float) -> DataError:
+    info = prepared.checkpoint.info(name)
+    place = []
+    for extent in reversed(info.shape):
+        index, position = divmod(index, extent)
+        place.append(position)
+    return DataError(
+        f"{prepared.source.folder}: {name} has {value} at {place[::-1]}; mend the checkpoint or fetch it again"
+    )
+
+
+def _small_files(prepared: Prepared, report: Report) -> Iterable[tuple[str, bytes]]:
+    yield "config.json", _config(prepared)
+    for path in prepared.source.companions():
+        yield path.name, json_file.read_bytes(path)
+    yield REPORT, json_file.encode(report)
+
+
+def _config(prepared: Prepared) -> bytes:
+    """The source's config.json with what readers of compressed-tensors need."""
+    plan = prepared.plan
+    path = prepared.source.folder / "config.json"
+    config = json_file.read(path, dict[str, object])
+    config["tie_word_embeddings"] = plan.spec.tied
+    for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
+        if key in config or key == "dtype":
+            config[key] = "bfloat16"
+    schemes = {name: entry.scheme for name, entry in plan.quantized.items()}
+    config["quantization_config"] = quantization_config(schemes, plan.dense_linears)
+    return json_file.encode(msgspec.to_builtins(config))

@@ -1,0 +1,240 @@
+"""From a request and the headers of a checkpoint to what becomes of every tensor. Nothing is read but headers.
+
+What differs from the request is a note; a note is said on the screen, kept in report and manifest, and refused under
+``--strict``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from lbq.formats.artifact import DENSE_DTYPE, packed_tensors
+from lbq.formats.disk import listed
+from lbq.formats.errors import DataError, UsageError
+from lbq.formats.manifest import DenseTensor, QuantizedModule
+from lbq.formats.safetensors_file import Checkpoint
+from lbq.formats.safetensors_writer import TensorPlan
+from lbq.formats.scheme import Scheme, effective_group
+from lbq.formats.spec import ModelSpec, Projection
+from lbq.quantizer.request import READERS_GROUP, Request, matches
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every reader recomputes
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """A linear layer to be stored as codes: searched at ``group``, stored at ``entry.group``, which divides it."""
+
+    module: str
+    source: str  # tensor of the checkpoint
+    group: int
+    entry: QuantizedModule
+
+    def outputs(self) -> tuple[TensorPlan, ...]:
+        """The tensors that are written."""
+        return packed_tensors(self.module, self.entry)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A tensor to be stored as BF16."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+
+    def outputs(self) -> tuple[TensorPlan, ...]:
+        """The tensor that is written."""
+        return (TensorPlan(self.name, DENSE_DTYPE, self.shape),)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion: steps in the order of the output, the spec of the result, and the notes."""
+
+    spec: ModelSpec
+    steps: tuple[Quantize | Keep, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def quantized(self) -> dict[str, QuantizedModule]:
+        """The manifest's entries of quantised modules."""
+        return {s.module: s.entry for s in self.steps if isinstance(s, Quantize)}
+
+    @property
+    def dense(self) -> dict[str, DenseTensor]:
+        """The manifest's entries of BF16 tensors."""
+        return {s.name: DenseTensor(s.shape) for s in self.steps if isinstance(s, Keep)}
+
+    @property
+    def dense_linears(self) -> list[str]:
+        """Linear layers that stay BF16."""
+        quantized = self.quantized
+        return [p.name for p in self.spec.projections() if p.name not in quantized]
+
+    def outputs(self) -> Iterator[TensorPlan]:
+        """All tensors that are written, in order."""
+        for step in self.steps:
+            yield from step.outputs()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are written."""
+        return sum(tensor.nbytes for tensor in self.outputs())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Codes and scales of the quantised weights, in bits a weight."""
+        steps = [s for s in self.steps if isinstance(s, Quantize)]
+        weights = sum(s.entry.n * s.entry.k for s in steps)
+        return 8 * sum(t.nbytes for s in steps for t in s.outputs()[:2]) / weights
+
+
+def make_plan(
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    request: Request,
+    unknown_keys: tuple[str, ...] = (),
+    head_differs: bool = False,
+) -> Plan:
+    """Decide every tensor's fate.
+
+    ``unknown_keys`` of the config were not understood. ``head_differs``: the checkpoint is tied by its config and yet
+    saves a head of its own that is not the embedding.
+
+    Raises DataError where the checkpoint does not hold what the spec needs or holds what nobody knows, UsageError for
+    a pattern that names nothing and, under ``request.strict``, for anything that would be a note.
+    """
+    notes = [f"config.json: unknown keys are ignored: {', '.join(unknown_keys)}"] if unknown_keys else []
+    schemes = _schemes(spec, request, notes)
+    tied_source = spec.tied and not head_differs
+    spec = _untie(spec, schemes, head_differs, notes)
+    steps: list[Quantize | Keep] = [_keep(checkpoint, f"{spec.embedding}.weight", (spec.vocab_size, spec.hidden_size))]
+    fallbacks: dict[str, int] = {}
+    for projection in spec.projections():
+        source = f"{projection.name}.weight"
+        if projection.name == spec.head.name and tied_source:
+            source = f"{spec.embedding}.weight"
+        steps.extend(_projection(spec, checkpoint, projection, source, schemes[projection.name], request, fallbacks))
+    notes.extend(f"{what} ({count} modules)" for what, count in fallbacks.items())
+    steps.extend(_keep(checkpoint, f"{name}.weight", (width,)) for name, width in spec.norms())
+    _check_sources(checkpoint, steps, spec, notes)
+    if request.strict and notes:
+        raise UsageError(f"refused under --strict: {notes[0]}" + (f" (and {len(notes) - 1} more)" if notes[1:] else ""))
+    if not any(isinstance(step, Quantize) for step in steps):
+        raise UsageError("nothing would be quantized: every linear layer is kept")
+    return Plan(spec, tuple(sorted(steps, key=_layer_order)), tuple(notes))
+
+
+def _schemes(spec: ModelSpec, request: Request, notes: list[str]) -> dict[str, Scheme | None]:
+    """Each linear layer's scheme before fallbacks (None: BF16), the same for all parts of a fused unit."""
+    wishes: list[tuple[str, Scheme | None]] = [(pattern, None) for pattern in request.keep]
+    wishes += [(override.pattern, override.scheme) for override in request.overrides]
+    used: set[str] = set()
+    schemes: dict[str, Scheme | None] = {}
+    for unit in spec.units():
+        names = [projection.name for projection in unit]
+        chosen = _default(spec, names, request)
+        for pattern, wish in wishes:
+            named = [name for name in names if matches(pattern, name)]
+            if not named:
+                continue
+            used.add(pattern)
+            chosen = wish
+            if len(named) < len(names):
+                others = ", ".join(sorted(set(names) - set(named)))
+                notes.append(f"{pattern!r} names {named[0]}, which is fused with {others}: widened to all of them")
+        schemes.update(dict.fromkeys(names, chosen))
+    for pattern, _ in wishes:
+        if pattern not in used:
+            raise UsageError(f"pattern {pattern!r} names no linear layer of this model, such as {names[0]}")
+    return schemes
+
+
+def _default(spec: ModelSpec, names: list[str], request: Request) -> Scheme | None:
+    if names != [spec.head.name]:
+        return request.scheme
+    if request.lm_head == 16:
+        return None
+    return Scheme(8, None) if request.lm_head == 8 else Scheme(4, request.scheme.group)
+
+
+def _untie(spec: ModelSpec, schemes: Mapping[str, Scheme | None], head_differs: bool, notes: list[str]) -> ModelSpec:
+    """A quantised head cannot share the BF16 embedding's tensor."""
+    if not spec.tied:
+        return spec
+    if head_differs:
+        notes.append("the config ties the head to the embedding, the checkpoint saves another: the saved one is used")
+    elif schemes[spec.head.name] is None:
+        return spec
+    return msgspec.structs.replace(spec, tied=False)
+
+
+def _projection(
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    projection: Projection,
+    source: str,
+    scheme: Scheme | None,
+    request: Request,
+    fallbacks: dict[str, int],
+) -> Iterator[Quantize | Keep]:
+    n, k = projection.out_features, projection.in_features
+    if scheme is not None:
+        group = effective_group(k, scheme.group)
+        if scheme.group is not None and k % scheme.group:
+            what = f"{k} inputs do not divide into groups of {scheme.group}: {_group_text(group)} instead"
+            fallbacks[what] = fallbacks.get(what, 0) + 1
+        stored = min(group, READERS_GROUP) if group and request.readers else group
+        _check_source(checkpoint, source, (n, k))
+        yield Quantize(projection.name, source, group or k, QuantizedModule(n, k, scheme.bits, stored or k))
+    elif not (spec.tied and projection.name == spec.head.name):
+        yield _keep(checkpoint, f"{projection.name}.weight", (n, k), source)
+    if projection.bias:
+        yield _keep(checkpoint, f"{projection.name}.bias", (n,))
+
+
+def _group_text(group: int | None) -> str:
+    return f"groups of {group}" if group else "one scale a row"
+
+
+def _keep(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str | None = None) -> Keep:
+    _check_source(checkpoint, source or name, shape)
+    return Keep(name, source or name, shape)
+
+
+def _check_source(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    if name not in checkpoint.names():
+        raise DataError(f"{checkpoint.folder}: tensor {name} is missing")
+    info = checkpoint.info(name)
+    if tuple(info.shape) != shape:
+        raise DataError(f"{checkpoint.folder}: {name} is {list(info.shape)}, the config says {list(shape)}")
+    if info.dtype not in FLOATS:
+        raise DataError(f"{checkpoint.folder}: {name} is {info.dtype}; BF16, F16 and F32 weights can be converted")
+
+
+def _check_sources(checkpoint: Checkpoint, steps: list[Quantize | Keep], spec: ModelSpec, notes: list[str]) -> None:
+    """Every tensor of the checkpoint is used or known to be of no use, and casts are said."""
+    used = {step.source for step in steps}
+    redundant = {f"{spec.head.name}.weight"}  # saved although tied; an untied head is among the used
+    unknown = [
+        name
+        for name in checkpoint.names()
+        if name not in used and name not in redundant and not name.endswith(IGNORED_SUFFIXES)
+    ]
+    if unknown:
+        raise DataError(f"{checkpoint.folder}: tensors that this architecture does not have: {listed(sorted(unknown))}")
+    dtypes = {str(checkpoint.info(step.source).dtype) for step in steps if isinstance(step, Keep)} - {str(DENSE_DTYPE)}
+    rounded = "tensors that stay are rounded from {} to bfloat16"
+    notes.extend(rounded.format(dtype.removeprefix("torch.")) for dtype in sorted(dtypes))
+
+
+def _layer_order(step: Quantize | Keep) -> tuple[str, ...]:
+    """By name, numbers by value: stable, and a layer's tensors lie together."""
+    name = step.module if isinstance(step, Quantize) else step.name
+    return tuple(part.zfill(6) if part.isdecimal() else part for part in name.split("."))

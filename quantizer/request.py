@@ -1,0 +1,86 @@
+"""What a user asks a conversion for, validated before any work."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Literal
+
+from lbq.formats.errors import UsageError
+from lbq.formats.packing import BITS, GROUPS
+from lbq.formats.scheme import Scheme
+
+READERS = ("vllm", "sglang")
+READERS_GROUP = 128  # the largest group that their fast kernels take
+DEFAULT_GROUP = 128
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Override:
+    """``--set PATTERN=BITS[:GROUP]``."""
+
+    pattern: str
+    scheme: Scheme
+    text: str  # as it was given
+
+    @staticmethod
+    def parse(text: str) -> Override:
+        """Read ``down_proj=8`` or ``layers.0=8:128``. Raises UsageError."""
+        pattern, equals, value = text.rpartition("=")
+        bits, _, group = value.partition(":")
+        if not equals or not pattern or not bits.isdecimal() or (group and group != "row" and not group.isdecimal()):
+            raise UsageError(f"--set {text}: expected PATTERN=BITS or PATTERN=BITS:GROUP, such as down_proj=8")
+        return Override(pattern, scheme(int(bits), group or None), text)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Settings of a conversion. Raises UsageError for what makes no sense."""
+
+    scheme: Scheme
+    lm_head: Literal[4, 8, 16] = 8
+    keep: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    readers: tuple[str, ...] = ()
+    max_shard_bytes: int = SHARD_BYTES
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lm_head not in (4, 8, 16):
+            raise UsageError(f"--lm-head {self.lm_head}: 4, 8 or 16 bits")
+        for reader in self.readers:
+            if reader not in READERS:
+                raise UsageError(f"--for {reader}: known readers are {', '.join(READERS)}")
+        if self.max_shard_bytes < 1:
+            raise UsageError("--max-shard-size must be positive")
+
+
+def scheme(bits: int, group: int | str | None = None) -> Scheme:
+    """A scheme from the command line's words; without a group: a row at 8 bits, 128 below. Raises UsageError."""
+    if bits not in BITS:
+        raise UsageError(f"{bits} bits are not supported: {', '.join(map(str, BITS))} are")
+    if group is None:
+        return Scheme(bits, None if bits == 8 else DEFAULT_GROUP)
+    if group == "row":
+        return Scheme(bits, None)
+    try:
+        size = int(group)
+    except ValueError:
+        size = 0
+    if size not in GROUPS:
+        raise UsageError(f"group size {group} is not supported: {', '.join(map(str, GROUPS))} and row are")
+    return Scheme(bits, size)
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a pattern names a module: it matches, as a shell glob, a run of whole components of the dotted name.
+
+    ``down_proj``, ``layers.0``, ``layers.[0-3].mlp`` and ``model.layers.0.mlp.down_proj`` all name that module.
+    """
+    parts = module.split(".")
+    return any(
+        fnmatch.fnmatchcase(".".join(parts[start:stop]), pattern)
+        for start in range(len(parts))
+        for stop in range(start + 1, len(parts) + 1)
+    )

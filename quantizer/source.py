@@ -1,0 +1,107 @@
+"""Where weights come from: a folder, or the Hub."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from lbq.formats.disk import hash_file
+from lbq.formats.errors import LbqError, RemoteError, StorageError
+from lbq.formats.manifest import FileEntry
+
+# Files that travel with a model besides config.json and the weights.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class SourceFolder:
+    """A checkpoint on disk. ``name`` is what the user called it, or the Hub id; ``label`` is its last component."""
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name.rstrip("/").rpartition("/")[2]
+
+    def companions(self) -> list[Path]:
+        """Tokenizer, template, generation settings and licence files, in a fixed order."""
+        named = [self.folder / name for name in COMPANIONS if (self.folder / name).is_file()]
+        return named + sorted(path for pattern in LEGAL for path in self.folder.glob(pattern) if path.is_file())
+
+
+def resolve(model: str | Path, revision: str | None = None) -> SourceFolder:
+    """Find a model: an existing folder, else a Hub id whose files are fetched into the standard cache.
+
+    Raises StorageError where there is no such folder and the name is no Hub id, RemoteError where the Hub fails.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return SourceFolder(path, path.resolve().name)
+    name = str(model)
+    if path.exists():
+        raise StorageError(f"{model}: not a folder; give the folder that holds config.json")
+    if not HUB_ID.fullmatch(name):
+        raise StorageError(f"{model}: no such folder, and not a Hub id (owner/name)")
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> SourceFolder:
+    from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
+
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=["config.json", *WEIGHTS, *COMPANIONS, *LEGAL]
+        )
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # the client raises its own, httpx's and OSError's kinds
+        if isinstance(error, LbqError):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise RemoteError(f"{name}: could not be fetched from the Hub: {reason}") from error
+    return SourceFolder(Path(folder), name, Path(folder).name)
+
+
+class Hasher(threading.Thread):
+    """Hashes the source's files beside the conversion: reading and sha256 leave the interpreter free."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        super().__init__(daemon=True)
+        self._paths = paths
+        self._entries: dict[str, FileEntry] = {}
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for path in self._paths:
+                written = hash_file(path)
+                self._entries[path.name] = FileEntry(written.size, written.sha256)
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> dict[str, FileEntry]:
+        """Wait, and return size and sha256 by file name. Raises what the hashing raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._entries
