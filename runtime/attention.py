@@ -1,0 +1,73 @@
+"""Causal grouped-query attention of one layer."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from lbq.formats.spec import Attention
+from lbq.runtime.cache import KVCache, MixerState
+from lbq.runtime.kernels.linear import Linear
+from lbq.runtime.norm import RmsNorm
+from lbq.runtime.rope import Rotary
+from lbq.runtime.step import Seen, Step
+
+
+class AttentionMixer:
+    """q/k/v projection, q/k norm, rope, cache, attention, output projection."""
+
+    def __init__(
+        self,
+        spec: Attention,
+        qkv: Linear,
+        out: Linear,
+        rotary: Rotary,
+        q_norm: RmsNorm | None = None,
+        k_norm: RmsNorm | None = None,
+    ) -> None:
+        self._spec = spec
+        self._qkv, self._out, self._rotary = qkv, out, rotary
+        self._q_norm, self._k_norm = q_norm, k_norm
+        self._turned = spec.heads + spec.kv_heads  # heads that rope turns: all but the values
+
+    def new_state(self, context: int, *, dtype: torch.dtype, device: torch.device, fixed: bool) -> KVCache:
+        """An empty cache for up to ``context`` tokens."""
+        spec = self._spec
+        return KVCache(spec.kv_heads, spec.head_dim, context, dtype=dtype, device=device, fixed=fixed)
+
+    def __call__(self, x: torch.Tensor, state: MixerState, step: Step) -> torch.Tensor:
+        """float32 [T, hidden] → float32 [T, hidden]; appends T tokens to ``state``."""
+        assert isinstance(state, KVCache)
+        spec = self._spec
+        heads = self._qkv(x).view(x.shape[0], -1, spec.head_dim)  # [T, heads + 2 · kv_heads, head_dim]
+        turned = heads[:, : self._turned]
+        if self._q_norm is not None:
+            turned[:, : spec.heads] = self._q_norm(turned[:, : spec.heads])
+        if self._k_norm is not None:
+            turned[:, spec.heads :] = self._k_norm(turned[:, spec.heads :])
+        self._rotary.rotate_(turned, *step.angles(self._rotary))
+        seen = step.store(state, heads[:, spec.heads :], spec.window)
+        return self._out(attend(heads[:, : spec.heads], seen, spec.scale))
+
+
+def attend(q: torch.Tensor, seen: Seen, scale: float) -> torch.Tensor:
+    """softmax(scale · q · kᵀ) · v: float32 q [T, heads, head_dim] → float32 [T, heads · head_dim].
+
+    Computes in the cache's dtype with float32 sums, whatever torch's kernel for the device does between.
+    """
+    tokens, heads, dim = q.shape
+    kv_heads = seen.k.shape[0]
+    if tokens == 1:
+        # The heads that share a key/value head stand where tokens would: no copy of the cache, no GQA kernel needed.
+        grouped = q.view(kv_heads, -1, dim).to(seen.k.dtype)
+        if q.is_cpu and seen.mask is None:
+            weights = torch.bmm(grouped, seen.k.mT).mul_(scale).softmax(-1)
+            return torch.bmm(weights, seen.v).view(1, -1).to(q.dtype)
+        y = scaled_dot_product_attention(
+            grouped.unsqueeze(0), seen.k.unsqueeze(0), seen.v.unsqueeze(0), attn_mask=seen.mask, scale=scale
+        )
+        return y.reshape(1, -1).to(q.dtype)
+    grouped = q.view(tokens, kv_heads, -1, dim).permute(1, 2, 0, 3).to(seen.k.dtype)  # [kv_heads, group, T, head_dim]
+    k, v = (x.unsqueeze(1).expand(-1, heads // kv_heads, -1, -1) for x in (seen.k, seen.v))
+    y = scaled_dot_product_attention(grouped, k, v, attn_mask=seen.mask, is_causal=seen.causal, scale=scale)
+    return y.permute(2, 0, 1, 3).reshape(tokens, -1).to(q.dtype)

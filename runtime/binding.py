@@ -1,0 +1,195 @@
+"""Weights by exact name from the spec into a decoder: one kernel for each fused unit, unit by unit.
+
+Never more than one unit is in memory twice: its parts are joined, handed to the device's kernel, and the mapped pages
+they came from are released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from lbq.formats.errors import DataError
+from lbq.formats.packing import PackedWeight
+from lbq.formats.spec import Attention, Layer, ModelSpec, Norm, Projection, Rope
+from lbq.runtime.attention import AttentionMixer
+from lbq.runtime.decoder import Decoder, DecoderLayer, Mlp
+from lbq.runtime.kernels.linear import Linear
+from lbq.runtime.norm import RmsNorm
+from lbq.runtime.rope import Rotary
+
+
+class Weights(Protocol):
+    """Where weights come from: an :class:`lbq.formats.artifact.Artifact`."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def is_quantized(self, module: str) -> bool: ...
+
+    def packed(self, module: str) -> PackedWeight: ...
+
+    def dense(self, name: str) -> torch.Tensor: ...
+
+    def release(self, module: str) -> None: ...
+
+    def release_dense(self, name: str) -> None: ...
+
+
+class Kernels(Protocol):
+    """Makes the linears of one device. Weights may lie in a mapped file; a kernel copies what it needs."""
+
+    device: torch.device
+
+    def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
+        """From codes; ``bias`` is float32 [N]."""
+        ...
+
+    def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """From a BF16 matrix [N, K]."""
+        ...
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """A kernel that serves ``count`` units whose names differ in the layer's number alone (``*``)."""
+
+    units: str
+    kernel: str
+    fallback: str | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A decoder, what serves it, and the bytes of memory it holds beyond the mapped file."""
+
+    decoder: Decoder
+    kernels: tuple[KernelUse, ...]
+    resident_bytes: int
+
+
+def bind(weights: Weights, kernels: Kernels) -> Bound:
+    """Bind every tensor that the spec names.
+
+    Raises DataError where the parts of a fused unit do not share bits and group.
+    """
+    return _Binder(weights, kernels).bind()
+
+
+class _Binder:
+    def __init__(self, weights: Weights, kernels: Kernels) -> None:
+        self._weights, self._kernels, self._spec = weights, kernels, weights.spec
+        self._uses: dict[tuple[str, str, str | None], int] = {}
+        self._rotaries: dict[Rope, Rotary] = {}
+        self._resident = 0
+
+    def bind(self) -> Bound:
+        spec = self._spec
+        name = f"{spec.embedding}.weight"
+        embedding = self._weights.dense(name)
+        if self._kernels.device.type != "cpu":
+            embedding = embedding.to(self._kernels.device)
+            self._resident += embedding.nbytes
+            self._weights.release_dense(name)
+        layers = [self._layer(spec.layer(i), i) for i in range(len(spec.layers))]
+        norm = self._norm(spec.norm, 0)
+        head = self._tied_head(embedding) if spec.tied else self._unit((spec.head,), 0)
+        uses = tuple(KernelUse(*key, count) for key, count in self._uses.items())
+        return Bound(Decoder(spec, embedding, layers, norm, head), uses, self._resident)
+
+    def _layer(self, layer: Layer, i: int) -> DecoderLayer:
+        return DecoderLayer(
+            self._norm(layer.mixer_norm, i),
+            self._attention(layer.mixer, i),
+            self._norm(layer.mlp_norm, i),
+            Mlp(layer.mlp, self._unit(layer.mlp.gate_up, i), self._unit((layer.mlp.down,), i)),
+        )
+
+    def _attention(self, spec: Attention, i: int) -> AttentionMixer:
+        rotary = self._rotaries.setdefault(spec.rope, Rotary(spec.rope, self._kernels.device))
+        return AttentionMixer(
+            spec,
+            self._unit(spec.qkv, i),
+            self._unit((spec.out,), i),
+            rotary,
+            self._norm(spec.q_norm, i) if spec.q_norm else None,
+            self._norm(spec.k_norm, i) if spec.k_norm else None,
+        )
+
+    def _norm(self, norm: Norm, i: int) -> RmsNorm:
+        weight = self._weights.dense(f"{norm.name.replace('{i}', str(i))}.weight")
+        return RmsNorm(weight.to(self._kernels.device, torch.float32), norm.eps)
+
+    def _unit(self, unit: tuple[Projection, ...], i: int) -> Linear:
+        """One kernel for projections that read the same input, their outputs one after the other."""
+        parts = tuple(p.at(i) for p in unit)
+        quantized = {self._weights.is_quantized(p.name) for p in parts}
+        if len(quantized) != 1:
+            raise DataError(f"{_names(parts)}: some are quantized and some are not; lbq fuses them, convert again")
+        bias = self._bias(parts)
+        if quantized.pop():
+            linear = self._packed_unit(parts, bias)
+        else:
+            matrices = [self._weights.dense(f"{p.name}.weight") for p in parts]
+            linear = self._kernels.dense(_joined(matrices), bias)
+            if len(parts) > 1 or linear.resident_bytes:
+                for p in parts:
+                    self._weights.release_dense(f"{p.name}.weight")
+            self._resident += _copied(matrices)
+        return self._use(unit, linear)
+
+    def _packed_unit(self, parts: tuple[Projection, ...], bias: torch.Tensor | None) -> Linear:
+        packed = [self._weights.packed(p.name) for p in parts]
+        first = packed[0]
+        if any((w.bits, w.group) != (first.bits, first.group) for w in packed):
+            raise DataError(f"{_names(parts)}: bits and groups differ; lbq fuses them, convert again")
+        words, scales = [w.words for w in packed], [w.scales for w in packed]
+        whole = PackedWeight(_joined(words), _joined(scales), first.bits, first.group, first.k)
+        linear = self._kernels.packed(whole, bias)
+        if len(parts) > 1 or linear.resident_bytes:
+            for p in parts:
+                self._weights.release(p.name)
+        return linear
+
+    def _bias(self, parts: tuple[Projection, ...]) -> torch.Tensor | None:
+        if not any(p.bias for p in parts):
+            return None
+        return torch.cat(
+            [
+                self._weights.dense(f"{p.name}.bias").to(torch.float32) if p.bias else torch.zeros(p.out_features)
+                for p in parts
+            ]
+        )
+
+    def _tied_head(self, embedding: torch.Tensor) -> Linear:
+        return self._use((self._spec.head,), self._kernels.dense(embedding, self._bias((self._spec.head,))))
+
+    def _use(self, unit: tuple[Projection, ...], linear: Linear) -> Linear:
+        key = (_names(unit), linear.kernel, linear.fallback)
+        self._uses[key] = self._uses.get(key, 0) + 1
+        self._resident += linear.resident_bytes
+        return linear
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows one after the other; a single part stays where it is, mapped."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _copied(parts: Sequence[torch.Tensor]) -> int:
+    return sum(p.nbytes for p in parts) if len(parts) > 1 else 0
+
+
+def _names(unit: tuple[Projection, ...]) -> str:
+    """``model.layers.*.self_attn.{q_proj,k_proj,v_proj}``"""
+    names = [p.name.replace("{i}", "*") for p in unit]
+    if len(names) == 1:
+        return names[0]
+    parents = {name.rpartition(".")[0] for name in names}
+    if len(parents) != 1:
+        return ",".join(names)
+    return f"{parents.pop()}.{{{','.join(name.rpartition('.')[2] for name in names)}}}"
