@@ -84,8 +84,8 @@ class Totals(Meter):
 
 
 def _square_sums(x: torch.Tensor) -> torch.Tensor:
-    """Σ x² of every row: float64 [rows]. Scaled by powers of two, so that squares neither overflow nor vanish."""
-    largest = x.abs().amax(1, keepdim=True)
-    _, exponent = torch.frexp(largest)
-    scaled = torch.ldexp(x, -exponent)
-    return torch.ldexp((scaled * scaled).sum(1, dtype=torch.float64), 2 * exponent.squeeze(1).double())
+    """Σ x² of every row of a float32 matrix: float64 [rows]."""
+    norms = torch.linalg.vector_norm(x, dim=1)
+    if not bool(((norms > 1e-15) & (norms < 1e18)).all()):  # squares may have vanished or overflowed
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    return norms.double().square_()
