@@ -106,8 +106,8 @@ class SafetensorsFile:
             finally:
                 os.close(descriptor)
         self._mapping: mmap.mmap | None = mapping
-        # The memoryview pins the mapping: it is unmapped when the last tensor that looks into it has gone.
-        self._bytes: torch.Tensor | None = torch.frombuffer(memoryview(mapping), dtype=torch.uint8)
+        # Never closed by hand: it is unmapped when this object and the last tensor that looks into it have gone.
+        self._bytes: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
 
     def info(self, name: str) -> TensorInfo:
         """The header's entry; :class:`DataError` if there is none."""

@@ -117,6 +117,7 @@ def test_lists_are_bounded(folder: Path) -> None:
         b'{"weight_map":' + b"[" * 100_000, b'{"metadata":' + b"[" * 100_000, b'{"weight_map":{"\xff":"x"}}',
         b'{"weight_map":{"a":"m","a":"m"}}',
     ],
+    ids=lambda text: repr(text[:30]),
 )  # fmt: skip
 def test_broken_index(folder: Path, text: bytes) -> None:
     (folder / INDEX).write_bytes(text)

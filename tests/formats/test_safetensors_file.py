@@ -179,6 +179,7 @@ def test_unaligned_data(tmp_path: Path) -> None:
         b"PK\x03\x04" + bytes(100),
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
     ],
+    ids=lambda content: repr(content[:30]),
 )
 def test_broken_files_are_refused(content: bytes, refused: Callable[[bytes], str]) -> None:
     refused(content)
