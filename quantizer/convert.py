@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -26,9 +27,9 @@ from lbq.formats.staging import StagedFolder, check_target
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.measure import Meter, Totals
 from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
-from lbq.quantizer.request import Request
+from lbq.quantizer.request import SHARD_BYTES, Request, make_request
 from lbq.quantizer.rtn import DEFAULT_RULES, UnquantizableWeightError, quantize
-from lbq.quantizer.source import Hasher, SourceFolder
+from lbq.quantizer.source import Hasher, SourceFolder, resolve
 
 CPU_BLOCK = 1 << 21  # weights quantised at a time: float32 temporaries that stay near the caches
 GPU_BLOCK = 1 << 26
@@ -73,6 +74,45 @@ class Conversion:
     path: Path
     manifest: Manifest
     report: Report
+
+
+def convert(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    bits: int = 4,
+    group: int | Literal["row"] | None = None,
+    lm_head: int = 8,
+    keep: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    readers: Sequence[str] = (),
+    max_shard_bytes: int = SHARD_BYTES,
+    revision: str | None = None,
+    device: str = "auto",
+    strict: bool = False,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Conversion:
+    """Quantize ``model``, a folder or a Hub id, into the folder ``out`` (default: ``./NAME-int4-g256``).
+
+    The arguments are those of ``lbq convert``; ``group`` None is one scale a row at 8 bits and 128 below,
+    ``overrides`` are ``PATTERN=BITS``. What differs from the request is in the result's ``manifest.notes``.
+
+    Raises UsageError, DataError, StorageError, BusyError or RemoteError; nothing stands under ``out`` then.
+    """
+    request = make_request(
+        bits,
+        group,
+        lm_head=lm_head,
+        keep=keep,
+        overrides=overrides,
+        readers=readers,
+        max_shard_bytes=max_shard_bytes,
+        strict=strict,
+    )
+    prepared = prepare(resolve(model, revision), request)
+    target = Path(out) if out is not None else Path(prepared.default_name())
+    return write_artifact(prepared, target, overwrite=overwrite, device=device, on_progress=on_progress)
 
 
 def prepare(source: SourceFolder, request: Request) -> Prepared:

@@ -88,4 +88,5 @@ def _square_sums(x: torch.Tensor) -> torch.Tensor:
     norms = torch.linalg.vector_norm(x, dim=1)
     if not bool(((norms > 1e-15) & (norms < 1e18)).all()):  # squares may have vanished or overflowed
         norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-    return norms.double().square_()
+    squares: torch.Tensor = norms.double().square_()
+    return squares

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from lbq.formats.errors import UsageError
 from lbq.formats.packing import BITS, GROUPS
@@ -39,7 +39,7 @@ class Request:
     """Settings of a conversion. Raises UsageError for what makes no sense."""
 
     scheme: Scheme
-    lm_head: Literal[4, 8, 16] = 8
+    lm_head: int = 8
     keep: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     readers: tuple[str, ...] = ()
@@ -83,4 +83,27 @@ def matches(pattern: str, module: str) -> bool:
         fnmatch.fnmatchcase(".".join(parts[start:stop]), pattern)
         for start in range(len(parts))
         for stop in range(start + 1, len(parts) + 1)
+    )
+
+
+def make_request(
+    bits: int = 4,
+    group: int | str | None = None,
+    *,
+    lm_head: int = 8,
+    keep: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    readers: Sequence[str] = (),
+    max_shard_bytes: int = SHARD_BYTES,
+    strict: bool = False,
+) -> Request:
+    """A request from plain values, as the command line and :func:`lbq.convert` take them. Raises UsageError."""
+    return Request(
+        scheme(bits, group),
+        lm_head,
+        tuple(keep),
+        tuple(Override.parse(text) for text in overrides),
+        tuple(readers),
+        max_shard_bytes,
+        strict,
     )

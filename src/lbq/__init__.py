@@ -1,1 +1,31 @@
-"""lbq: quantize language models offline, then decode them at memory speed."""
+"""lbq: quantize language models offline, then decode them at memory speed.
+
+    from lbq import convert, load
+
+    convert("HuggingFaceTB/SmolLM2-135M-Instruct", bits=4, group=256)
+    print(load("SmolLM2-135M-Instruct-int4-g256").generate("What is the capital of France?").text)
+
+Names are imported when they are first used: the quantizer and the runtime do not load one another.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lbq.quantizer.convert import convert
+    from lbq.runtime.model import load
+
+__all__ = ["__version__", "convert", "load"]
+
+__version__ = version("lbq")
+
+_HOMES = {"convert": "lbq.quantizer.convert", "load": "lbq.runtime.model"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lbq' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,82 @@
+"""The command line. Every command calls the library; errors become one line and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from lbq.cli.convert import convert
+from lbq.cli.inspect import inspect
+from lbq.cli.run import run
+from lbq.cli.verify import verify
+from lbq.formats.errors import LbqError
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="lbq", message="lbq %(version)s")
+def cli() -> None:
+    """Quantize language models to INT8, INT4 or INT3, and run them.
+
+    \b
+    Exit codes: 0 done, 1 a bug in lbq, 2 usage, 3 bad data, 4 input/output, 5 busy,
+    6 the Hub, 7 the device, 130 interrupted, 143 terminated.
+    """
+
+
+for command in (convert, inspect, verify, run):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run())
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    del number, frame
+    raise SystemExit(TERMINATED)  # unwinds: staging folders and locks are removed on the way
+
+
+def _run() -> int:
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.Abort:
+        return _say("interrupted", INTERRUPTED)
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except LbqError as error:
+        return _say(f"error: {error}", error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _say("error: out of memory", 4)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"error: {where}{error.strerror or error}", 4)
+    except Exception as error:
+        if os.environ.get("LBQ_TRACEBACK"):
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {error}".replace("\n", " ")
+        return _say(f"error: a bug in lbq, please report it: {what} (LBQ_TRACEBACK=1 shows where)", 1)
+
+
+def _say(text: str, code: int) -> int:
+    click.echo(f"lbq: {text}", err=True)
+    return code

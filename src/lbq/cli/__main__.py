@@ -1,0 +1,3 @@
+from lbq.cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""``lbq convert``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from lbq.cli.display import Size, note, pattern, progress, size, table
+
+if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq run`
+    from lbq.quantizer.convert import Conversion, Prepared
+
+
+@click.command()
+@click.argument("model")
+@click.option("--bits", type=int, default=4, show_default=True, help="3, 4 or 8.")
+@click.option("--gs", "group", metavar="GROUP", help="Weights that share a scale: 32…512 or row. [128; row at 8 bits]")
+@click.option("--lm-head", type=int, default=8, show_default=True, help="Bits of the output head: 8, 4 or 16.")
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Linear layers that stay BF16. Repeatable.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="PATTERN=BITS", help="Mixed bits, as down_proj=8. Repeatable."
+)
+@click.option("--for", "readers", metavar="TOOLS", help="vllm,sglang: store groups that their fast kernels take.")
+@click.option("--out", type=click.Path(path_type=Path), help="The artifact's folder.  [./NAME-int4-g256]")
+@click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Say what would be written, from headers alone.")
+@click.option("--strict", is_flag=True, help="Fail where anything would differ from what was asked for.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact at the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def convert(
+    model: str,
+    bits: int,
+    group: str | None,
+    lm_head: int,
+    keep: tuple[str, ...],
+    overrides: tuple[str, ...],
+    readers: str | None,
+    out: Path | None,
+    max_shard_bytes: int,
+    revision: str | None,
+    device: str,
+    dry_run: bool,
+    strict: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL, a folder or a Hub id, into an artifact that lbq runs and that transformers loads.
+
+    A PATTERN names a layer by whole components of its name, as a shell glob: down_proj, layers.0, layers.[0-3].mlp.
+    """
+    from lbq.formats.staging import check_target
+    from lbq.quantizer.convert import prepare, write_artifact
+    from lbq.quantizer.request import make_request
+    from lbq.quantizer.source import resolve
+
+    request = make_request(
+        bits,
+        group,
+        lm_head=lm_head,
+        keep=keep,
+        overrides=overrides,
+        readers=tuple(name.strip() for name in readers.split(",")) if readers else (),
+        max_shard_bytes=max_shard_bytes,
+        strict=strict,
+    )
+    source = resolve(model, revision)
+    prepared = prepare(source, request)
+    target = out or Path(prepared.default_name())
+    for text in prepared.plan.notes:
+        note(text)
+    if dry_run:
+        _print_plan(prepared, target, as_json)
+        return
+    check_target(target, source.folder, overwrite=overwrite)
+    with progress("Converting", len(prepared.plan.steps), prepared.source_bytes) as bar:
+        done = write_artifact(prepared, target, overwrite=overwrite, device=device, on_progress=bar.advance)
+    _print_result(done, as_json)
+
+
+def _print_plan(prepared: Prepared, target: Path, as_json: bool) -> None:
+    from lbq.quantizer.plan import Quantize
+
+    plan = prepared.plan
+    if as_json:
+        summary = {
+            "path": str(target),
+            "bytes": plan.nbytes,
+            "bits_per_weight": plan.bits_per_weight,
+            "peak_bytes": prepared.peak_bytes,
+            "notes": plan.notes,
+            "quantized": plan.quantized,
+            "dense": plan.dense,
+        }
+        click.echo(msgspec.json.format(msgspec.json.encode(summary)))
+        return
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for step in plan.steps:
+        if isinstance(step, Quantize):
+            entry = step.entry
+            becomes = ("row" if entry.group == entry.k else f"g{entry.group}", f"INT{entry.bits}")
+            key = (pattern(step.module), f"{entry.n}×{entry.k}", becomes[1], becomes[0])
+        else:
+            key = (pattern(step.name), "×".join(map(str, step.shape)), "BF16", "")
+        found = rows.setdefault(key, [0, 0])
+        found[0] += 1
+        found[1] += sum(tensor.nbytes for tensor in step.outputs())
+    table(
+        f"{target} (not written)",
+        ("tensors", "shape", "becomes", "group", "count", "size"),
+        [(*key, str(count), size(nbytes)) for key, (count, nbytes) in rows.items()],
+    )
+    click.echo(
+        f"{size(plan.nbytes)} in all, {plan.bits_per_weight:.2f} bits a quantized weight, "
+        f"from {size(prepared.source_bytes)}; about {size(prepared.peak_bytes)} of memory on top of Python's"
+    )
+
+
+def _print_result(done: Conversion, as_json: bool) -> None:
+    manifest, summary = done.manifest, done.manifest.summary
+    nbytes = sum(entry.size for entry in manifest.files.values())
+    if as_json:
+        result = {"path": str(done.path), "bytes": nbytes, "summary": summary, "notes": manifest.notes}
+        click.echo(msgspec.json.format(msgspec.json.encode(result)))
+        return
+    worst = sorted(done.report.modules, key=lambda module: module.cosine)[:10]
+    table(
+        "Least like the original",
+        ("layer", "bits", "group", "cosine", "error", "worst row"),
+        [
+            (
+                m.name,
+                str(m.bits),
+                "row" if m.group == m.k else str(m.group),
+                f"{m.cosine:.5f}",
+                f"{m.relative_error:.2%}",
+                f"{m.worst_row_error:.2%}",
+            )
+            for m in worst
+        ],
+    )
+    click.echo(
+        f"{done.path}: {size(nbytes)}, {summary.bits_per_weight:.2f} bits a quantized weight; "
+        f"weight cosine {summary.cosine:.5f}, error {summary.relative_error:.2%}"
+    )
+    click.echo(f"Run it: lbq run {done.path}")

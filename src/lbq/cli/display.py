@@ -1,0 +1,88 @@
+"""What commands share in what they print: sizes, tables, progress. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size(nbytes: float) -> str:
+    """``140.9 MB``"""
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def pattern(name: str) -> str:
+    """``model.layers.*.mlp.down_proj``: a name with its numbers left out."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes on the command line: ``5GB``, ``500 MB``, ``4GiB``."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+        if not found or found[2].upper() not in _UNITS:
+            self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def note(text: str) -> None:
+    """Say something that differs from what was asked for."""
+    click.echo(f"note: {text}", err=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; all columns but the first are right-aligned. Piped output is not cut to a screen's width."""
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=True, overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    console.print(shown)
+
+
+class Bar:
+    """A progress bar over bytes that counts items beside them."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+        self._seen: set[str] = set()
+
+    def advance(self, name: str, nbytes: int) -> None:
+        """``nbytes`` of the item ``name`` are done."""
+        self._seen.add(name)
+        self._progress.update(self._task, advance=nbytes, name=name, seen=len(self._seen))
+
+
+@contextmanager
+def progress(what: str, items: int, nbytes: int) -> Iterator[Bar]:
+    """A bar on stderr with items, bytes and the time left; nothing where stderr is not a terminal."""
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn(f"{{task.fields[seen]}}/{items}"),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        yield Bar(shown, shown.add_task(what, total=nbytes, seen=0, name=""))

@@ -1,0 +1,73 @@
+"""``lbq inspect``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lbq.cli.display import note, pattern, size, table
+
+if TYPE_CHECKING:
+    from lbq.formats.manifest import Manifest
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--layers", is_flag=True, help="Every layer on a line of its own.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+def inspect(artifact: Path, layers: bool, as_json: bool) -> None:
+    """Show what ARTIFACT is, how it was made and what it cost, from its headers alone."""
+    from lbq.formats import json_file
+    from lbq.formats.artifact import open_artifact
+
+    with open_artifact(artifact) as opened:
+        manifest = opened.manifest
+    if as_json:
+        click.echo(json_file.encode(manifest), nl=False)
+        return
+    _print_head(artifact, manifest)
+    _print_tensors(artifact, manifest, layers)
+    for text in manifest.notes:
+        note(text)
+
+
+def _print_head(artifact: Path, manifest: Manifest) -> None:
+    spec, method, source, summary = manifest.spec, manifest.method, manifest.source, manifest.summary
+    revision = f" at {source.revision}" if source.revision else ""
+    nbytes = sum(entry.size for entry in manifest.files.values())
+    tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
+    group = method.group or "row"
+    click.echo(f"{artifact}: {size(nbytes)} in {len(manifest.files)} files, format {manifest.lbq_format}")
+    click.echo(
+        f"model    {len(spec.layers)} layers, hidden {spec.hidden_size}, vocabulary {spec.vocab_size}, "
+        f"context {spec.context}"
+    )
+    click.echo(f"source   {source.name}{revision}")
+    click.echo(f"method   {method.name}, INT{method.bits}, group {group}, head {method.lm_head} bits, by {tools}")
+    click.echo(
+        f"quality  weight cosine {summary.cosine:.5f} (worst layer {summary.worst_cosine:.5f}), "
+        f"error {summary.relative_error:.2%}, {summary.bits_per_weight:.2f} bits a quantized weight"
+    )
+    click.echo()
+
+
+def _print_tensors(artifact: Path, manifest: Manifest, layers: bool) -> None:
+    from lbq.formats import json_file
+    from lbq.formats.manifest import REPORT
+    from lbq.formats.report import Report
+
+    cosines = {m.name: m.cosine for m in json_file.read(artifact / REPORT, Report).modules}
+    rows: dict[tuple[str, ...], list[float]] = {}
+    for name, entry in manifest.quantized.items():
+        group = "row" if entry.group == entry.k else str(entry.group)
+        key = (name if layers else pattern(name), f"{entry.n}×{entry.k}", f"INT{entry.bits}", group)
+        rows.setdefault(key, []).append(cosines[name])
+    shown = [(*key, str(len(found)), f"{min(found):.5f}") for key, found in rows.items()]
+    dense: dict[tuple[str, ...], int] = {}
+    for name, tensor in manifest.dense.items():
+        place = (name if layers else pattern(name), "×".join(map(str, tensor.shape)))
+        dense[place] = dense.get(place, 0) + 1
+    shown += [(*place, "BF16", "", str(count), "") for place, count in dense.items()]
+    table("", ("tensors", "shape", "stored as", "group", "count", "worst cosine"), shown)

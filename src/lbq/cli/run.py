@@ -1,0 +1,8 @@
+"""``lbq run``"""
+
+import click
+
+
+@click.command()
+def run() -> None:
+    """placeholder"""

@@ -1,0 +1,37 @@
+"""``lbq verify``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import msgspec
+
+from lbq.cli.display import progress, size
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(artifact: Path, as_json: bool) -> None:
+    """Compare every file of ARTIFACT with the sizes and hashes in its manifest, then check all headers."""
+    from lbq.formats.artifact import open_artifact
+    from lbq.formats.artifact import verify as verify_files
+    from lbq.formats.errors import DataError
+    from lbq.formats.manifest import read_manifest
+
+    files = read_manifest(artifact).files
+    total = sum(entry.size for entry in files.values())
+    with progress("Verifying", len(files), total) as bar:
+        found = list(verify_files(artifact, bar.advance))
+    problems = {name: problem for name, problem in found if problem}
+    if as_json:
+        click.echo(
+            msgspec.json.format(msgspec.json.encode({"path": str(artifact), "ok": not problems, "problems": problems}))
+        )
+    if problems:
+        listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise DataError(f"{artifact}: {listed}; fetch or convert the artifact again")
+    open_artifact(artifact).close()
+    if not as_json:
+        click.echo(f"{artifact}: {len(files)} files, {size(total)}, all as they were written")
