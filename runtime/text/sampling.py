@@ -65,17 +65,16 @@ class Sampler:
         assert logits.dim() == 1
         options = self._options
         logits = self._penalize(logits)
+        best = logits.max(dim=0)  # NaN where any logit is
+        if not math.isfinite(best.values):
+            raise DataError("the model's logits are not finite numbers: its weights are broken; run lbq verify")
         if options.temperature == 0.0:
-            best = logits.max(dim=0)
-            token, check = int(best.indices), float(best.values)
+            token = int(best.indices)
         else:
             scores, ids = candidates(logits, options)
             bounds = scores.softmax(dim=0).cumsum(dim=0, dtype=torch.float64)
-            check = float(bounds[-1])
-            drawn = torch.searchsorted(bounds, self._uniform() * check, right=True)
+            drawn = torch.searchsorted(bounds, self._uniform() * bounds[-1:], right=True)
             token = int(ids[drawn.clamp_max(len(ids) - 1)])
-        if not math.isfinite(check):
-            raise DataError("the model's logits are not finite numbers: its weights are broken; run lbq verify")
         if self._seen is not None:
             self._seen.add(token)
         return token
@@ -105,7 +104,7 @@ def candidates(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Te
     if options.top_p < 1.0:
         scores, ids = _nucleus(scores, ids, options.top_p)
     if options.min_p > 0.0:
-        keep = ~(scores < scores.max() + math.log(options.min_p))  # so written, NaN stays to be found
+        keep = scores >= scores.max() + math.log(options.min_p)
         scores, ids = scores[keep], ids[keep]
     return scores, ids
 

@@ -1,0 +1,201 @@
+"""A chat remembers what was said and shown, and computes each beginning once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbq.formats.errors import UsageError
+from lbq.runtime.text.chat import ChatTemplate
+from lbq.runtime.text.generation import Finish, GenerationOptions
+from lbq.runtime.text.session import ChatSession, TrackedEngine, Turn
+from lbq.runtime.text.tokenizer import Tokenizer
+
+Scripted = Callable[..., Any]
+SOURCE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(byte_level_folder: Path) -> Tokenizer:
+    return Tokenizer.load(byte_level_folder)
+
+
+@pytest.fixture(scope="module")
+def template() -> Iterator[ChatTemplate]:
+    made = ChatTemplate(SOURCE, {}, "here")
+    yield made
+    made.close()
+
+
+class Chats:
+    """Makes sessions whose engine gives the answers written down for it."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, scripted: Scripted) -> None:
+        self.tokenizer, self.template, self.scripted = tokenizer, template, scripted
+        self.engine: Any = None
+
+    def session(self, *answers: str, context: int = 4096, **options: Any) -> ChatSession:
+        end = self.tokenizer.token_id("<|im_end|>")
+        assert end is not None
+        tokens = [id for text in answers for id in (*self.tokenizer.encode(text, add_special_tokens=False), end)]
+        self.engine = self.scripted(tokens, context=context)
+        chosen = GenerationOptions(stop=options.pop("stop", ()))
+        return ChatSession(self.engine, self.tokenizer, self.template, chosen, {end}, **options)
+
+
+@pytest.fixture
+def chats(tokenizer: Tokenizer, template: ChatTemplate, scripted: Scripted) -> Chats:
+    return Chats(tokenizer, template, scripted)
+
+
+def say(session: ChatSession, message: str) -> tuple[str, Finish]:
+    *pieces, finish = session.reply(message)
+    assert isinstance(finish, Finish)
+    return "".join(str(piece) for piece in pieces), finish
+
+
+def test_history_and_reuse(chats: Chats) -> None:
+    session = chats.session("Hello 👍", "Fine", system="Be brief")
+    answer, first = say(session, "Hi")
+    assert (answer, first.reason, first.reused_tokens) == ("Hello 👍", "eos", 0)
+    prompt = session.prompt_ids("How?")
+    computed = chats.engine.computed
+    answer, second = say(session, "How?")
+    assert answer == "Fine"
+    assert second.prompt_tokens == len(prompt)
+    # All of the first exchange is held but the <|im_end|> that was sampled and never taken in.
+    assert second.reused_tokens == first.prompt_tokens + len(first.tokens)
+    assert chats.engine.computed - computed == len(prompt) - second.reused_tokens + len(second.tokens)
+    assert chats.engine.ids == [*prompt, *second.tokens]
+    assert session.history == (
+        Turn("system", "Be brief"),
+        Turn("user", "Hi"),
+        Turn("assistant", "Hello 👍"),
+        Turn("user", "How?"),
+        Turn("assistant", "Fine"),
+    )
+
+
+def test_the_prompt_is_the_template_and_nothing_more(chats: Chats) -> None:
+    session = chats.session(system="S")
+    want = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    ids = session.prompt_ids("Hi")
+    assert ids == chats.tokenizer.encode(want, add_special_tokens=False)
+    assert ids.count(chats.tokenizer.token_id("<|im_start|>")) == 3
+
+
+def test_reset_keeps_the_system_prompt_and_its_state(chats: Chats) -> None:
+    session = chats.session("one", "two", system="Be brief")
+    say(session, "Hi")
+    session.reset()
+    assert session.history == (Turn("system", "Be brief"),)
+    answer, finish = say(session, "Ho")
+    assert answer == "two"
+    assert 0 < finish.reused_tokens < finish.prompt_tokens
+    assert chats.engine.ids[: finish.prompt_tokens] == (session.reset(), session.prompt_ids("Ho"))[1]
+
+
+def test_thinking_switch(chats: Chats) -> None:
+    think = chats.tokenizer.token_id("<think>")
+    assert think in chats.session(think=False).prompt_ids("Hi")
+    assert think not in chats.session(think=True).prompt_ids("Hi")
+    assert think not in chats.session().prompt_ids("Hi")
+
+
+def test_a_template_without_the_switch_or_none_at_all(chats: Chats, tokenizer: Tokenizer) -> None:
+    plain = ChatTemplate("{{ messages[0].content }}", {}, "here")
+    with pytest.raises(UsageError, match="--think"):
+        ChatSession(chats.scripted([]), tokenizer, plain, GenerationOptions(), (), think=False)
+    with pytest.raises(UsageError, match="--no-chat"):
+        ChatSession(chats.scripted([]), tokenizer, None, GenerationOptions(), ())
+
+
+def test_a_full_context_is_said_and_nothing_is_lost(chats: Chats) -> None:
+    session = chats.session("one", "two", context=60)
+    say(session, "Hi")
+    before, computed = session.history, chats.engine.computed
+    with pytest.raises(UsageError, match=r"the context holds 60.*/reset"):
+        session.reply("x" * 100)
+    assert session.history == before
+    assert chats.engine.computed == computed
+    assert say(session, "Go")[0] == "two"
+
+
+def test_an_answer_that_fills_the_context_says_so(chats: Chats) -> None:
+    session = chats.session("a" * 50, context=30)
+    answer, finish = say(session, "Hi")
+    assert finish.reason == "context"
+    assert answer
+    assert finish.prompt_tokens + len(finish.tokens) == 30
+
+
+def test_an_answer_the_reader_leaves_is_kept_as_far_as_shown(chats: Chats) -> None:
+    session = chats.session("Hello there", "again")
+    stream = session.reply("Hi")
+    shown = [next(stream), next(stream)]
+    stream.close()
+    assert session.history == (Turn("user", "Hi"), Turn("assistant", "".join(map(str, shown))))
+    rest = session.prompt_ids("Ho")
+    _, finish = say(session, "Ho")
+    assert finish.reused_tokens > 0
+    assert chats.engine.ids[: len(rest)] == rest
+
+
+def test_an_answer_left_before_anything_was_shown_is_not_kept(chats: Chats) -> None:
+    session = chats.session("Hello")
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    chats.engine.prefill = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        say(session, "Hi")
+    assert session.history == ()
+
+
+def test_a_failed_step_leaves_the_history_and_the_state_right(chats: Chats) -> None:
+    session = chats.session("one two three", "fine")
+    real, calls = chats.engine.decode, 0
+
+    def failing(token: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            chats.engine.ids.append(999)  # half done
+            raise RuntimeError("out of memory")
+        return real(token)
+
+    chats.engine.decode = failing
+    with pytest.raises(RuntimeError):
+        say(session, "Hi")
+    assert session.history == ()
+    chats.engine.decode = real
+    prompt = session.prompt_ids("Hi")
+    _, finish = say(session, "Hi")
+    assert finish.reused_tokens == len(prompt) - 1
+    assert chats.engine.ids[: len(prompt)] == prompt
+
+
+def test_stop_strings_are_not_in_the_history(chats: Chats) -> None:
+    session = chats.session("yes STOP no", stop=(" STOP",))
+    assert say(session, "Hi")[0] == "yes"
+    assert session.history[-1] == Turn("assistant", "yes")
+
+
+def test_tracked_engine_shares_at_most_all_but_one(chats: Chats) -> None:
+    engine = chats.scripted([1, 1, 1])
+    engine.ids = [4, 4]
+    tracked = TrackedEngine(engine)
+    assert engine.ids == []
+    tracked.prefill([1, 2])
+    tracked.decode(3)
+    shared = [tracked.shared_prefix(ids) for ids in ([1, 2, 3], [1, 2, 3, 4], [1, 9, 3], [9], [1], [1, 2])]
+    assert shared == [2, 3, 1, 0, 0, 1]
+    tracked.truncate(2)
+    assert (tracked.position, engine.position, tracked.shared_prefix([1, 2, 3])) == (2, 2, 2)
