@@ -1,8 +1,163 @@
 """``lbq run``"""
 
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
+
+from lbq.formats.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from lbq.runtime.model import Model
+    from lbq.runtime.text.generation import Finish
+    from lbq.runtime.text.session import ChatSession
+
+CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an answer."
 
 
 @click.command()
-def run() -> None:
-    """placeholder"""
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", help="Answer this and exit; - reads it from stdin, as does a pipe without -p.")
+@click.option("--system", help="System prompt.")
+@click.option(
+    "--chat/--no-chat", default=None, help="--no-chat: continue the prompt as it is, without the chat template."
+)
+@click.option("--think/--no-think", default=None, help="The chat template's switch, where it has one.")
+@click.option("--max-tokens", type=int, default=1024, show_default=True, help="The most tokens of an answer.")
+@click.option("--temperature", type=float, help="0 is greedy.  [the model's own]")
+@click.option("--top-k", type=int)
+@click.option("--top-p", type=float)
+@click.option("--min-p", type=float)
+@click.option("--repetition-penalty", type=float)
+@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
+@click.option("--context", type=int, help="The most tokens of prompt and answer.  [the model's; on a GPU up to 8192]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "float32"]), default="auto", help="float32: exact and slow.")
+@click.option("--threads", type=int, help="CPU threads.")
+@click.option("--strict", is_flag=True, help="Fail where a layer would not get its fast kernel.")
+def run(
+    artifact: Path,
+    prompt: str | None,
+    system: str | None,
+    chat: bool | None,
+    think: bool | None,
+    strict: bool,
+    context: int | None,
+    device: Any,
+    dtype: Any,
+    threads: int | None,
+    **settings: Any,
+) -> None:
+    """Run ARTIFACT: answer a prompt, or chat at the terminal."""
+    from lbq.runtime.model import load
+
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        prompt = _read_stdin()
+    if system is not None and chat is False:
+        raise UsageError("--system needs the chat template: leave out --no-chat")
+    if prompt is None and chat is False:
+        raise UsageError("--no-chat continues a prompt: give one with -p")
+    given = {name: value for name, value in settings.items() if value is not None}
+    model = load(artifact, device=device, dtype=dtype, context=context, strict=strict, threads=threads)
+    try:
+        if prompt is None:
+            _chat(model, model.chat(system=system, think=think, **given))
+            finish = None
+        else:
+            asked = prompt if system is None else _messages(system, prompt)
+            stream = model.stream(asked, chat=chat, think=think, **given)
+            try:
+                _write(stream)
+            finally:
+                click.echo()
+            finish = stream.finish
+        _say_how(model, finish)
+    finally:
+        model.close()
+
+
+def _read_stdin() -> str:
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin: not UTF-8 at byte {error.start}") from None
+    return text.removesuffix("\n")
+
+
+def _messages(system: str, prompt: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
+def _chat(model: Model, session: ChatSession) -> None:
+    """A conversation at the terminal, until /exit or Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history for input()
+
+    from lbq.runtime.text.generation import Finish
+
+    click.echo(f"{CHAT_HELP} Up to {model.context} tokens.", err=True)
+    while True:
+        try:
+            message = input("> ").strip()
+        except EOFError:
+            click.echo()
+            return
+        if message == "/exit":
+            return
+        if message == "/reset":
+            session.reset()
+        elif message.startswith("/"):
+            click.echo(CHAT_HELP, err=True)
+        elif message:
+            try:
+                for item in session.reply(message):
+                    if isinstance(item, Finish):
+                        click.echo()
+                        _say_finish(item)
+                    else:
+                        _write((item,))
+            except KeyboardInterrupt:
+                click.echo()
+                click.echo("(stopped)", err=True)
+            except UsageError as error:  # the chat does not fit any more; it can be reset
+                click.echo(f"lbq: {error}", err=True)
+
+
+def _write(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _say_finish(finish: Finish) -> None:
+    why = {"length": ", ended by --max-tokens", "context": ", the context is full"}.get(finish.reason, "")
+    rate = f", {finish.tokens_per_second:.1f} tokens/s" if finish.tokens_per_second else ""
+    click.echo(
+        f"[{len(finish.tokens)} tokens{rate}, first token after {finish.seconds_to_first_token:.2f} s "
+        f"for a prompt of {finish.prompt_tokens}{why}]",
+        err=True,
+    )
+
+
+def _say_how(model: Model, finish: Finish | None) -> None:
+    """What was done, where, and by which kernel; a fallback is said."""
+    if finish is not None:
+        _say_finish(finish)
+    click.echo(f"[{_device(model)}]", err=True)
+    for use in model.kernels():
+        slow = f"  FALLBACK: {use.fallback}" if use.fallback else ""
+        click.echo(f"[{use.count:4} × {use.units}: {use.kernel}{slow}]", err=True)
+
+
+def _device(model: Model) -> str:
+    import torch
+
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"CPU, {torch.get_num_threads()} threads"
