@@ -1,0 +1,84 @@
+"""Linear layers on a CUDA device; see ``linear.Linear`` for what they share with the CPU's.
+
+Calls are safe to capture in a CUDA graph: no host synchronisation, and memory only from torch's allocator.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lbq.formats.packing import PackedWeight
+from lbq.runtime.kernels import dense, dequant, gemv
+
+GEMV_TOKENS = 16  # up to this many tokens the matrix-vector kernel is used, one pass over the weights' L2 lines each
+
+
+def _checked_bias(bias: torch.Tensor | None, n: int, device: torch.device) -> torch.Tensor | None:
+    if bias is None:
+        return None
+    assert bias.shape == (n,)
+    return bias.to(device=device, dtype=torch.float32).contiguous()
+
+
+class CudaLinear:
+    """y = x · Wᵀ + bias on packed weights: float32 [M, K] → float32 [M, N].
+
+    ``weight`` is on the CUDA device (its words are used in place at 8 and 4 bits, rearranged once at 3); ``bias`` is
+    [N]. Up to 16 tokens run as matrix-vector products on two int8 planes of the activations, more through float16
+    tiles. ``exact`` computes every product in float64 instead: slow, for checking.
+    """
+
+    fallback: str | None = None
+
+    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None, *, exact: bool = False) -> None:
+        self._weight = gemv.arrange(weight)
+        self._bias = _checked_bias(bias, weight.n, weight.words.device)
+        self._norms = dequant.row_norms(self._weight)
+        self._exact = exact
+        self.n, self.k = weight.n, weight.k
+        self.resident_bytes = self._weight.nbytes + self._norms.nbytes
+        self.resident_bytes += 0 if self._bias is None else self._bias.nbytes
+        self.kernel = f"Triton INT{weight.bits} " + (
+            "dequantise + float64 matmul"
+            if exact
+            else "GEMV (activations in two int8 planes), prompts by dequantise + float16 matmul"
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dim() == 2
+        assert x.shape[1] == self.k
+        x = x.contiguous()
+        if self._exact:
+            return dequant.exact_matmul(x, self._weight, self._bias)
+        if x.shape[0] > GEMV_TOKENS:
+            return dequant.matmul(x, self._weight, self._norms, self._bias)
+        return gemv.gemv(gemv.quantize(x, self._weight.bits), self._weight, self._bias)
+
+
+class DenseCudaLinear:
+    """y = x · Wᵀ + bias on BF16 weights [N, K]: float32 [M, K] → float32 [M, N].
+
+    Up to 16 tokens in float32, more on tensor cores with 16-bit activations; ``exact`` as for :class:`CudaLinear`.
+    """
+
+    fallback: str | None = None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, exact: bool = False) -> None:
+        assert weight.dim() == 2
+        assert weight.dtype == torch.bfloat16
+        self._weight = weight.contiguous()
+        self._bias = _checked_bias(bias, weight.shape[0], weight.device)
+        self._exact = exact
+        self.n, self.k = weight.shape
+        self.resident_bytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        self.kernel = "BF16 float64 matmul" if exact else "Triton BF16 GEMV, prompts by BF16 matmul"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dim() == 2
+        assert x.shape[1] == self.k
+        x = x.contiguous()
+        if self._exact:
+            return dense.exact_matmul(x, self._weight, self._bias)
+        if x.shape[0] > GEMV_TOKENS:
+            return dense.matmul(x.float(), self._weight, self._bias)
+        return dense.gemv(x, self._weight, self._bias)

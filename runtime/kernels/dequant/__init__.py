@@ -1,0 +1,93 @@
+"""Y = X·Wᵀ for prompts: a bounded tile of W's rows is opened into a scratch, torch multiplies, and so on down W.
+
+Default: float16 on tensor cores with float32 sums and results. Weights are scaled to [−1, 1] a row and activations to
+[−2^14, 2^14] a token before they are rounded, so that float16's range never matters and its 11 bits are what is lost:
+about 2.5e-4 of ‖y‖. (BF16 has 8 bits; TF32 has as many bits as float16 at half its rate, and is a global switch.)
+
+Exact: weights in float32, which holds them exactly, multiplied in float64; independent of every global switch.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton import cdiv
+
+from lbq.runtime.kernels.dense import float32_product
+from lbq.runtime.kernels.dequant import triton as kernels
+from lbq.runtime.kernels.gemv import ArrangedWeight
+
+SCRATCH_BYTES = 64 << 20
+ACTIVATION_PEAK = 2.0**14
+
+
+def row_norms(weight: ArrangedWeight) -> torch.Tensor:
+    """The largest magnitude that each row's codes and scales can stand for, float32 [N]."""
+    return weight.scales.float().abs().amax(dim=1) * 2.0 ** (weight.bits - 1)
+
+
+def dequantize(
+    weight: ArrangedWeight, start: int, stop: int, out: torch.Tensor, norms: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows [start, stop) of W, over their ``norms`` float32 [N] if given, into ``out`` [stop − start, K]."""
+    rows = stop - start
+    assert out.shape == (rows, weight.k)
+    assert out.is_contiguous()
+    assert out.numel() < 2**31  # offsets in the kernel are 32 bits wide
+    block_n, block_k = 4, 512
+    scales = weight.scales[start:stop]
+    kernels.dequantize[(cdiv(rows, block_n), cdiv(weight.k, block_k))](
+        weight.words[start:stop],
+        scales,
+        scales if norms is None else norms[start:stop],
+        out,
+        rows,
+        weight.k,
+        weight.group,
+        BITS=weight.bits,
+        RELATIVE=norms is not None,
+        BN=block_n,
+        BK=block_k,
+        num_warps=4,
+    )
+    return out
+
+
+def _tiles(n: int, row_bytes: int, scratch_bytes: int) -> list[tuple[int, int]]:
+    """[start, stop) of tiles of rows that fit the scratch; multiples of 128 rows where that many fit."""
+    rows = max(1, scratch_bytes // row_bytes)
+    rows = rows // 128 * 128 or rows
+    return [(a, min(a + rows, n)) for a in range(0, n, rows)]
+
+
+def matmul(
+    x: torch.Tensor,
+    weight: ArrangedWeight,
+    norms: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scratch_bytes: int = SCRATCH_BYTES,
+) -> torch.Tensor:
+    """x [M, K] · Wᵀ + bias through float16 tiles: float32 [M, N]. ``norms`` as :func:`row_norms` gives them."""
+    x = x.float()
+    peak = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+    x16 = (x * (ACTIVATION_PEAK / peak)).half()
+    unit = peak / ACTIVATION_PEAK
+    y = torch.empty((x.shape[0], weight.n), dtype=torch.float32, device=x.device)
+    tiles = _tiles(weight.n, 2 * weight.k, scratch_bytes)
+    scratch = torch.empty((tiles[0][1], weight.k), dtype=torch.float16, device=x.device)
+    for start, stop in tiles:
+        w16 = dequantize(weight, start, stop, scratch[: stop - start], norms)
+        torch.mul(float32_product(x16, w16).mul_(unit), norms[start:stop], out=y[:, start:stop])
+    return y if bias is None else y.add_(bias)
+
+
+def exact_matmul(
+    x: torch.Tensor, weight: ArrangedWeight, bias: torch.Tensor | None = None, scratch_bytes: int = SCRATCH_BYTES
+) -> torch.Tensor:
+    """x [M, K] · Wᵀ + bias in float64, rounded once: float32 [M, N]. Slow: for checking."""
+    x64 = x.double()
+    y = torch.empty((x.shape[0], weight.n), dtype=torch.float32, device=x.device)
+    for start, stop in _tiles(weight.n, 12 * weight.k, scratch_bytes):
+        tile = torch.empty((stop - start, weight.k), dtype=torch.float32, device=x.device)
+        product = x64 @ dequantize(weight, start, stop, tile).double().t()
+        y[:, start:stop] = product if bias is None else product + bias[start:stop].double()
+    return y

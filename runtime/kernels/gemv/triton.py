@@ -1,0 +1,227 @@
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""Triton kernels of the matrix-vector product on packed weights, and of the two layout passes it needs.
+
+Integers do the work: activations arrive as two int8 planes (``quantize``), weights are opened into four signed bytes
+a register with one or two logic operations, and ``dp4a`` multiplies and adds four of them exactly. A *column* is one
+word of a row at 8 and 4 bits, and one word of each of the row's three runs at 3 bits; it holds C = 4, 8 or 32 codes.
+
+Opened bytes carry the code in their top bits, which makes them signed without a correction: byte =
+(code − 2^(b−1)) · 2^(8−b). ``quantize`` folds that power of two, and the 254 of the planes, into its scales.
+
+Tiles are [columns, rows]: with K first, Triton gives the weights, the scales and the activations the same layout, and
+no value crosses threads before the last sum. That holds when a tile has 128 columns a warp.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # as it stood when the kernels below were decorated
+
+_TOP_BITS = tl.constexpr(0x80808080 - (1 << 32))  # as int32
+_HIGH_NIBBLES = tl.constexpr(0xF0F0F0F0 - (1 << 32))
+_TWO_BITS = tl.constexpr(0x60606060)
+_DP4A = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
+_TINY = tl.constexpr(1e-30)  # a block of activations below this counts as zero, so that 127 / amax is finite
+_INFINITY = tl.constexpr(float("inf"))
+_NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def _dot4(a, b, c, EMULATE: tl.constexpr):
+    """c + Σ aᵢ·bᵢ over the four signed bytes of a and b; EMULATE spells out what the interpreter cannot assemble."""
+    if EMULATE:
+        for i in tl.static_range(4):
+            c += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
+    else:
+        c = tl.inline_asm_elementwise(_DP4A, "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1)
+    return c
+
+
+@triton.jit
+def _open(w, w1, high, r: tl.constexpr, BITS: tl.constexpr):
+    """Codes (C/4)·i + r, i = 0…3, of a column as four signed bytes, each times 2^(8−BITS)."""
+    if BITS == 8:
+        code = w ^ _TOP_BITS
+    elif BITS == 4:
+        code = ((w << (4 - 4 * r)) & _HIGH_NIBBLES) ^ _TOP_BITS
+    else:
+        low = w if r < 4 else w1
+        low = low >> 1 if r % 4 == 3 else low << (5 - 2 * (r % 4))
+        code = (low & _TWO_BITS) | ((high << (7 - r)) & _TOP_BITS)
+    return code
+
+
+@triton.jit
+def _load(w_row, s_row, k0, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, BW: tl.constexpr):
+    """The weights of BW columns from k0 on: one word, or at 3 bits two of low bits and one of signs; and their scales.
+
+    Scales are [BW/4, rows], or [BW, rows] at 3 bits; 1 where a row has one scale, which is applied at the end.
+    """
+    C: tl.constexpr = 32 if BITS == 3 else 32 // BITS
+    COLS: tl.constexpr = (K + C - 1) // C
+    U: tl.constexpr = 1 if BITS == 3 else 4
+    c = (k0 + tl.arange(0, BW))[:, None]
+    w = tl.load(w_row + c, mask=c < COLS, other=0, eviction_policy="evict_first")
+    w1 = w
+    high = w
+    if BITS == 3:
+        w1 = tl.load(w_row + COLS + c, mask=c < COLS, other=0, eviction_policy="evict_first")
+        high = tl.load(w_row + 2 * COLS + c, mask=c < COLS, other=0, eviction_policy="evict_first")
+    if G == K:
+        s = tl.full([1, 1], 1.0, tl.float32)
+    else:
+        k = (k0 * C + tl.arange(0, BW // U) * (U * C))[:, None]
+        s = tl.load(s_row + k // G, mask=k < K, other=0.0)
+    return w, w1, high, s
+
+
+@triton.jit
+def quantize(x_ptr, q_ptr, s_ptr, K, BLOCKS, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr):
+    """Activations x [M, K] → int8 planes q int32 [M, 2, C/4, XC] and scales s float32 [M, BLOCKS], one for 32 elements.
+
+    Byte i of q[m, p, r, c] is plane p of element C·c + (C/4)·i + r, zero past K; x = s / FOLD · (254·plane₀ + plane₁)
+    within max|x| / 64516 of the block. A block with a NaN or an infinity gets a NaN scale.
+    """
+    m = tl.program_id(1)
+    block = tl.program_id(0) * BB + tl.arange(0, BB)
+    inside = tl.arange(0, 32)
+    e = block[:, None] * 32 + inside[None, :]
+    x = tl.load(x_ptr + m * K + e, mask=e < K, other=0.0).to(tl.float32)
+    finite = tl.abs(x) < _INFINITY
+    broken = tl.max(tl.where(finite, 0, 1), axis=1) > 0
+    x = tl.where(finite, x, 0.0)  # NaN has no integer: the scale will say it
+    amax = tl.max(tl.abs(x), axis=1)
+    usable = amax >= _TINY
+    v = x * tl.where(usable, 127.0 / tl.where(usable, amax, 1.0), 0.0)[:, None]
+    first = tl.floor(v + 0.5)
+    second = tl.floor((v - first) * 254.0 + 0.5)
+    scale = tl.where(broken, _NAN, tl.where(usable, amax * (FOLD / (127 * 254)), 0.0))
+    tl.store(s_ptr + m * BLOCKS + block, scale, mask=block < BLOCKS)
+
+    R: tl.constexpr = C // 4
+    CB: tl.constexpr = 32 // C  # columns a block
+    shift = (inside // R % 4 * 8)[None, :]
+    c = block[:, None, None] * CB + tl.arange(0, CB)[None, :, None]
+    r = tl.arange(0, R)[None, None, :]
+    out = q_ptr + m * (2 * R * XC) + r * XC + c
+    keep = (c < XC) & (r < R)
+    tl.store(out, tl.sum(((first.to(tl.int32) & 255) << shift).reshape(BB, CB, 4, R), axis=2), mask=keep)
+    tl.store(out + R * XC, tl.sum(((second.to(tl.int32) & 255) << shift).reshape(BB, CB, 4, R), axis=2), mask=keep)
+
+
+@triton.jit(do_not_specialize=["N"])
+def gemv(
+    w_ptr,
+    s_ptr,
+    q_ptr,
+    xs_ptr,
+    bias_ptr,
+    y_ptr,
+    N,
+    M,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    BITS: tl.constexpr,
+    XC: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """y[m, n] = Σₖ s[n, k // G] · (code[n, k] − 2^(BITS−1)) · x[m, k] + bias[n], added in float32.
+
+    w int32 [N, COLS] or, at 3 bits, [N, 3, COLS]; s bfloat16 [N, K/G]; q and xs as ``quantize`` writes them with
+    FOLD = 2^(BITS−8); bias float32 [N]; y [M, N] of any float type. A program owns BN rows and one token, and walks K
+    in steps of BW columns with the next step's weights already under way. Tokens vary fastest: they share L2.
+    """
+    C: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # codes a column
+    COLS: tl.constexpr = (K + C - 1) // C
+    RUNS: tl.constexpr = 3 if BITS == 3 else 1
+    U: tl.constexpr = 1 if BITS == 3 else 4  # columns under one scale of w and one of x, added as integers
+    BU: tl.constexpr = BW // U
+
+    m = tl.program_id(0) % M
+    rows = (tl.program_id(0) // M) * BN + tl.arange(0, BN)
+    safe = tl.minimum(rows, N - 1)
+    cols = tl.arange(0, BW)
+    units = tl.arange(0, BU) * (U * C)  # the first code of each unit of U columns
+    w_row = w_ptr + safe[None, :] * (RUNS * COLS)
+    s_row = s_ptr + safe[None, :] * (K // G)
+    q_ptr += m * (2 * (C // 4) * XC)
+    xs_ptr += m * ((K + 31) // 32)
+    if G == K:
+        row_scale = tl.load(s_ptr + safe).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + safe)
+
+    acc = tl.zeros([BU, BN], dtype=tl.float32)
+    w, w1, high, s = _load(w_row, s_row, 0, K, G, BITS, BW)
+    for k0 in tl.static_range(0, COLS, BW):
+        if k0 + BW < COLS:
+            ahead = _load(w_row, s_row, k0 + BW, K, G, BITS, BW)
+        first = tl.zeros([BW, BN], dtype=tl.int32)
+        second = tl.zeros([BW, BN], dtype=tl.int32)
+        for r in tl.static_range(C // 4):
+            code = _open(w, w1, high, r, BITS)
+            x = q_ptr + (r * XC + k0) + cols
+            valid = cols + k0 < COLS
+            first = _dot4(code, tl.load(x, mask=valid, other=0)[:, None], first, EMULATE)
+            second = _dot4(code, tl.load(x + C // 4 * XC, mask=valid, other=0)[:, None], second, EMULATE)
+        both = first * 254 + second  # of a unit: 32 codes · 2^7 · 127 · 255 < 2^28
+        if U > 1:
+            both = tl.sum(both.reshape(BU, U, BN), axis=1)
+        k = units + k0 * C
+        x_scale = tl.load(xs_ptr + k // 32, mask=k < K, other=0.0)
+        acc += both.to(tl.float32) * (s.to(tl.float32) * x_scale[:, None])
+        if k0 + BW < COLS:
+            w, w1, high, s = ahead
+
+    y = tl.sum(acc, axis=0)
+    if G == K:
+        y *= row_scale
+    if HAS_BIAS:
+        y += bias
+    tl.store(y_ptr + m * N + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def split_planes(src_ptr, dst_ptr, COUNT, WORDS, COLS, BT: tl.constexpr):
+    """A dense 3-bit stream [N, WORDS] → planes [N, 3, COLS], COUNT = N·COLS; 32 codes are three words in both.
+
+    Code 8·i + r of a column: its low two bits are field r % 4 of byte i of run r // 4; the third bit, inverted, is bit
+    r of byte i of the last run, so that a set bit is the sign of code − 4.
+    """
+    index = tl.program_id(0) * BT + tl.arange(0, BT)
+    n = index // COLS
+    t = index % COLS
+    inside = index < COUNT
+    src = src_ptr + n * WORDS + 3 * t
+    a = tl.load(src, mask=inside & (3 * t < WORDS), other=0)
+    b = tl.load(src + 1, mask=inside & (3 * t + 1 < WORDS), other=0)
+    c = tl.load(src + 2, mask=inside & (3 * t + 2 < WORDS), other=0)
+    low0 = tl.zeros([BT], dtype=tl.int32)
+    low1 = tl.zeros([BT], dtype=tl.int32)
+    high = tl.zeros([BT], dtype=tl.int32)
+    for e in tl.static_range(32):
+        if e == 10:  # bits 30, 31 and 32
+            code = ((a >> 30) & 3) | ((b & 1) << 2)
+        elif e == 21:  # bits 63, 64 and 65
+            code = ((b >> 31) & 1) | ((c & 3) << 1)
+        elif e < 10:
+            code = a >> (3 * e)
+        elif e < 21:
+            code = b >> (3 * e - 32)
+        else:
+            code = c >> (3 * e - 64)
+        if e % 8 < 4:
+            low0 |= (code & 3) << (e // 8 * 8 + e % 4 * 2)
+        else:
+            low1 |= (code & 3) << (e // 8 * 8 + e % 4 * 2)
+        high |= (((code >> 2) & 1) ^ 1) << e
+    dst = dst_ptr + n * (3 * COLS) + t
+    tl.store(dst, low0, mask=inside)
+    tl.store(dst + COLS, low1, mask=inside)
+    tl.store(dst + 2 * COLS, high, mask=inside)

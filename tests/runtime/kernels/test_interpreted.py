@@ -1,0 +1,24 @@
+"""The GPU tests of the kernels, on a CPU: Triton's interpreter has to be chosen before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("name", ["test_gemv.py", "test_dequant.py", "test_dense.py", "test_cuda_linear.py"])
+def test_under_the_interpreter(name: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider", str(HERE / name)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
