@@ -17,7 +17,18 @@ from lbq.formats.packing import PackedWeight
 from lbq.runtime.kernels.gemv import triton as kernels
 from lbq.runtime.kernels.gemv.tiles import Tile, codes_a_column, tile
 
-__all__ = ["BLOCK", "ArrangedWeight", "Planes", "Tile", "arrange", "gemv", "quantize", "sm_count", "tile"]
+__all__ = [
+    "BLOCK",
+    "ArrangedWeight",
+    "Planes",
+    "Tile",
+    "arrange",
+    "gemv",
+    "plane_columns",
+    "quantize",
+    "sm_count",
+    "tile",
+]
 
 BLOCK = 32  # activations under one scale
 

@@ -7,15 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-HERE = Path(__file__).parent
+FILES = ("test_gemv.py", "test_dequant.py", "test_dense.py", "test_cuda_linear.py")
 
 
-@pytest.mark.parametrize("name", ["test_gemv.py", "test_dequant.py", "test_dense.py", "test_cuda_linear.py"])
-def test_under_the_interpreter(name: str) -> None:
+def test_under_the_interpreter() -> None:
+    files = [str(Path(__file__).parent / name) for name in FILES]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider", str(HERE / name)],
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
