@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from lbq.formats import json_file
+from lbq.formats.disk import listed
 from lbq.formats.errors import DataError
 from lbq.formats.spec import (
     MAX_LAYERS,
@@ -96,6 +97,11 @@ class RopeConfig(msgspec.Struct, frozen=True):
     original_max_position_embeddings: Count | None = None
     partial_rotary_factor: Positive | None = None
 
+    @property
+    def kind(self) -> str:
+        """``default``, ``linear``, ``llama3``, or one that is refused."""
+        return self.rope_type or self.type or "default"
+
 
 class Config(msgspec.Struct, frozen=True):
     """The fields of ``config.json`` that mean something here."""
@@ -137,7 +143,11 @@ def adapt(architecture: str, data: bytes, path: Path) -> Adapted:
     config = json_file.decode(data, Config, path)
     if config.num_hidden_layers > MAX_LAYERS:
         raise DataError(f"{path}: num_hidden_layers is {config.num_hidden_layers}; at most {MAX_LAYERS} are supported")
-    keys = json_file.decode(data, dict[str, msgspec.Raw], path).keys()
+    fields = json_file.decode(data, dict[str, msgspec.Raw], path)
+    for name, rope in (("rope_parameters", config.rope_parameters), ("rope_scaling", config.rope_scaling)):
+        if rope is not None:
+            _check_rope(bytes(fields[name]), rope, f"{path}: {name}")
+    keys = fields.keys()
     unknown = tuple(sorted(keys - HARMLESS - set(Config.__struct_fields__)))
     remote = [key for key in unknown if key in ("auto_map", "trust_remote_code")]
     if remote:
@@ -209,16 +219,23 @@ def _attention(family: Family, config: Config, window: int | None, path: Path) -
     )
 
 
+def _check_rope(data: bytes, rope: RopeConfig, where: str) -> None:
+    """Refuse kinds of rope and fields that have no meaning here, such as a rope for each type of layer."""
+    if rope.kind not in ("default", "linear", "llama3"):
+        raise DataError(f"{where}: rope type {rope.kind!r} is not supported: default, linear and llama3 are")
+    odd = json_file.decode(data, dict[str, msgspec.Raw], where).keys() - set(RopeConfig.__struct_fields__)
+    if odd:
+        raise DataError(f"{where}: {listed(sorted(odd))} not understood; the model would be wrong without")
+
+
 def _rope(config: Config, head_dim: int, path: Path) -> Rope:
     given = config.rope_parameters or config.rope_scaling or RopeConfig()
     theta = given.rope_theta or config.rope_theta or 10000.0
     if (given.partial_rotary_factor or config.partial_rotary_factor or 1.0) != 1.0:
         raise DataError(f"{path}: partial_rotary_factor other than 1 is not supported")
-    kind = given.rope_type or given.type or "default"
+    kind = given.kind
     if kind == "default":
         return Rope(theta, head_dim)
-    if kind not in ("linear", "llama3"):
-        raise DataError(f"{path}: rope type {kind!r} is not supported: default, linear and llama3 are")
 
     def needed(value: float | None, name: str) -> float:
         if value is None:
