@@ -20,7 +20,7 @@ from lbq.formats.safetensors_file import Checkpoint
 from lbq.formats.safetensors_writer import TensorPlan
 from lbq.formats.scheme import Scheme, effective_group
 from lbq.formats.spec import ModelSpec, Projection
-from lbq.quantizer.request import READERS_GROUP, Request, matches
+from lbq.quantizer.request import DEFAULT_GROUP, READERS_GROUP, Request, matches
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every reader recomputes
@@ -113,6 +113,7 @@ def make_plan(
     notes = [f"config.json: unknown keys are ignored: {', '.join(unknown_keys)}"] if unknown_keys else []
     schemes = _schemes(spec, request, notes)
     tied_source = spec.tied and not head_differs
+    _check_names(spec, checkpoint, tied_source)
     spec = _untie(spec, schemes, head_differs, notes)
     steps: list[Quantize | Keep] = [_keep(checkpoint, f"{spec.embedding}.weight", (spec.vocab_size, spec.hidden_size))]
     fallbacks: dict[str, int] = {}
@@ -121,9 +122,9 @@ def make_plan(
         if projection.name == spec.head.name and tied_source:
             source = f"{spec.embedding}.weight"
         steps.extend(_projection(spec, checkpoint, projection, source, schemes[projection.name], request, fallbacks))
-    notes.extend(f"{what} ({count} modules)" for what, count in fallbacks.items())
+    notes.extend(f"{what} ({_times(count)})" for what, count in fallbacks.items())
     steps.extend(_keep(checkpoint, f"{name}.weight", (width,)) for name, width in spec.norms())
-    _check_sources(checkpoint, steps, spec, notes)
+    notes.extend(_casts(checkpoint, steps))
     if request.strict and notes:
         raise UsageError(f"refused under --strict: {notes[0]}" + (f" (and {len(notes) - 1} more)" if notes[1:] else ""))
     if not any(isinstance(step, Quantize) for step in steps):
@@ -132,27 +133,35 @@ def make_plan(
 
 
 def _schemes(spec: ModelSpec, request: Request, notes: list[str]) -> dict[str, Scheme | None]:
-    """Each linear layer's scheme before fallbacks (None: BF16), the same for all parts of a fused unit."""
-    wishes: list[tuple[str, Scheme | None]] = [(pattern, None) for pattern in request.keep]
-    wishes += [(override.pattern, override.scheme) for override in request.overrides]
+    """Each linear layer's scheme before fallbacks (None: BF16), the same for all parts of a fused unit.
+
+    Of two overrides the later wins, and what is to be kept is kept whatever the overrides say.
+    """
+    wishes: list[tuple[str, Scheme | None]] = [(override.pattern, override.scheme) for override in request.overrides]
+    wishes += [(pattern, None) for pattern in request.keep]
     used: set[str] = set()
+    widened: dict[str, int] = {}
+    last = ""
     schemes: dict[str, Scheme | None] = {}
     for unit in spec.units():
         names = [projection.name for projection in unit]
         chosen = _default(spec, names, request)
+        wanted: dict[str, Scheme | None] = dict.fromkeys(names, chosen)
         for pattern, wish in wishes:
-            named = [name for name in names if matches(pattern, name)]
-            if not named:
-                continue
-            used.add(pattern)
-            chosen = wish
-            if len(named) < len(names):
-                others = ", ".join(sorted(set(names) - set(named)))
-                notes.append(f"{pattern!r} names {named[0]}, which is fused with {others}: widened to all of them")
+            if named := [name for name in names if matches(pattern, name)]:
+                wanted.update(dict.fromkeys(named, wish))
+                chosen, last = wish, pattern
+                used.add(pattern)
+        if len(set(wanted.values())) > 1:
+            leaves = ", ".join(name.rpartition(".")[2] for name in names)
+            what = f"{last!r} names a part of {leaves}, which are fused: widened to all of them"
+            widened[what] = widened.get(what, 0) + 1
         schemes.update(dict.fromkeys(names, chosen))
+    notes.extend(f"{what} ({_times(count)})" for what, count in widened.items())
     for pattern, _ in wishes:
         if pattern not in used:
-            raise UsageError(f"pattern {pattern!r} names no linear layer of this model, such as {names[0]}")
+            example = next(spec.projections()).name
+            raise UsageError(f"pattern {pattern!r} names no linear layer of this model, such as {example}")
     return schemes
 
 
@@ -161,7 +170,9 @@ def _default(spec: ModelSpec, names: list[str], request: Request) -> Scheme | No
         return request.scheme
     if request.lm_head == 16:
         return None
-    return Scheme(8, None) if request.lm_head == 8 else Scheme(4, request.scheme.group)
+    if request.lm_head == 8:
+        return Scheme(8, None)
+    return Scheme(4, request.scheme.group or (DEFAULT_GROUP if request.scheme.bits == 8 else None))
 
 
 def _untie(spec: ModelSpec, schemes: Mapping[str, Scheme | None], head_differs: bool, notes: list[str]) -> ModelSpec:
@@ -199,6 +210,10 @@ def _projection(
         yield _keep(checkpoint, f"{projection.name}.bias", (n,))
 
 
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def _group_text(group: int | None) -> str:
     return f"groups of {group}" if group else "one scale a row"
 
@@ -209,8 +224,6 @@ def _keep(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str
 
 
 def _check_source(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    if name not in checkpoint.names():
-        raise DataError(f"{checkpoint.folder}: tensor {name} is missing")
     info = checkpoint.info(name)
     if tuple(info.shape) != shape:
         raise DataError(f"{checkpoint.folder}: {name} is {list(info.shape)}, the config says {list(shape)}")
@@ -218,20 +231,26 @@ def _check_source(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> 
         raise DataError(f"{checkpoint.folder}: {name} is {info.dtype}; BF16, F16 and F32 weights can be converted")
 
 
-def _check_sources(checkpoint: Checkpoint, steps: list[Quantize | Keep], spec: ModelSpec, notes: list[str]) -> None:
-    """Every tensor of the checkpoint is used or known to be of no use, and casts are said."""
-    used = {step.source for step in steps}
-    redundant = {f"{spec.head.name}.weight"}  # saved although tied; an untied head is among the used
-    unknown = [
-        name
-        for name in checkpoint.names()
-        if name not in used and name not in redundant and not name.endswith(IGNORED_SUFFIXES)
-    ]
-    if unknown:
+def _check_names(spec: ModelSpec, checkpoint: Checkpoint, tied_source: bool) -> None:
+    """The checkpoint holds every tensor of the model, and no other but those known to be of no use."""
+    needed = {f"{spec.embedding}.weight"} | {f"{name}.weight" for name, _ in spec.norms()}
+    for projection in spec.projections():
+        needed.add(f"{projection.name}.weight")
+        if projection.bias:
+            needed.add(f"{projection.name}.bias")
+    head = f"{spec.head.name}.weight"  # may be saved although it is tied
+    present = {name for name in checkpoint.names() if not name.endswith(IGNORED_SUFFIXES)}
+    if missing := needed - present - ({head} if tied_source else set()):
+        raise DataError(f"{checkpoint.folder}: tensors missing: {listed(sorted(missing))}; fetch the checkpoint again")
+    if unknown := present - needed:
         raise DataError(f"{checkpoint.folder}: tensors that this architecture does not have: {listed(sorted(unknown))}")
+
+
+def _casts(checkpoint: Checkpoint, steps: list[Quantize | Keep]) -> list[str]:
+    """Notes on tensors that are rounded to BF16."""
     dtypes = {str(checkpoint.info(step.source).dtype) for step in steps if isinstance(step, Keep)} - {str(DENSE_DTYPE)}
     rounded = "tensors that stay are rounded from {} to bfloat16"
-    notes.extend(rounded.format(dtype.removeprefix("torch.")) for dtype in sorted(dtypes))
+    return [rounded.format(dtype.removeprefix("torch.")) for dtype in sorted(dtypes)]
 
 
 def _layer_order(step: Quantize | Keep) -> tuple[str, ...]:

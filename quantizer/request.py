@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ READERS = ("vllm", "sglang")
 READERS_GROUP = 128  # the largest group that their fast kernels take
 DEFAULT_GROUP = 128
 SHARD_BYTES = 5_000_000_000
+OVERRIDE = re.compile(r"(.+)=([0-9]{1,3})(?::([0-9]{1,6}|row))?")
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,11 @@ class Override:
     @staticmethod
     def parse(text: str) -> Override:
         """Read ``down_proj=8`` or ``layers.0=8:128``. Raises UsageError."""
-        pattern, equals, value = text.rpartition("=")
-        bits, _, group = value.partition(":")
-        if not equals or not pattern or not bits.isdecimal() or (group and group != "row" and not group.isdecimal()):
+        found = OVERRIDE.fullmatch(text)
+        if found is None:
             raise UsageError(f"--set {text}: expected PATTERN=BITS or PATTERN=BITS:GROUP, such as down_proj=8")
-        return Override(pattern, scheme(int(bits), group or None), text)
+        pattern, bits, group = found.groups()
+        return Override(pattern, scheme(int(bits), group), text)
 
 
 @dataclass(frozen=True)
