@@ -17,19 +17,19 @@ from lbq.formats import report as reports
 from lbq.formats.artifact import DENSE_DTYPE
 from lbq.formats.compressed_tensors import quantization_config
 from lbq.formats.disk import Written, require_space
-from lbq.formats.errors import DataError
+from lbq.formats.errors import DataError, DeviceError, UsageError
 from lbq.formats.manifest import MANIFEST, REPORT, FileEntry, Manifest, Method
 from lbq.formats.packing import SCALE_DTYPE, packed_words
 from lbq.formats.report import ModuleReport, Report
 from lbq.formats.safetensors_file import Checkpoint, open_checkpoint
-from lbq.formats.safetensors_writer import ShardWriter, index_json, plan_shards, shard_names
 from lbq.formats.staging import StagedFolder, check_target
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.measure import Meter, Totals
 from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
 from lbq.quantizer.request import SHARD_BYTES, Request, make_request
 from lbq.quantizer.rtn import DEFAULT_RULES, UnquantizableWeightError, quantize
-from lbq.quantizer.source import Hasher, SourceFolder, resolve
+from lbq.quantizer.shards import Shards
+from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, resolve
 
 CPU_BLOCK = 1 << 21  # weights quantised at a time: float32 temporaries that stay near the caches
 GPU_BLOCK = 1 << 26
@@ -98,7 +98,7 @@ def convert(
     The arguments are those of ``lbq convert``; ``group`` None is one scale a row at 8 bits and 128 below,
     ``overrides`` are ``PATTERN=BITS``. What differs from the request is in the result's ``manifest.notes``.
 
-    Raises UsageError, DataError, StorageError, BusyError or RemoteError; nothing stands under ``out`` then.
+    Raises an LbqError of any kind; nothing stands under ``out`` then.
     """
     request = make_request(
         bits,
@@ -118,6 +118,7 @@ def convert(
 def prepare(source: SourceFolder, request: Request) -> Prepared:
     """Read config and headers and decide. Raises DataError and UsageError before any output exists."""
     adapted = read_spec(source.folder)
+    check_tokenizer(source.folder, adapted.spec.vocab_size)
     checkpoint = open_checkpoint(source.folder)
     plan = make_plan(
         adapted.spec, checkpoint, request, adapted.unknown_keys, _head_differs(adapted.spec.tied, checkpoint)
@@ -139,9 +140,9 @@ def write_artifact(
     into ``out``, StorageError for the disk, DataError for a weight that cannot be quantised.
     """
     source, plan = prepared.source, prepared.plan
+    on_device = _find_device(device)
     check_target(out, source.folder, overwrite=overwrite)
     require_space(out, plan.nbytes + SPARE_BYTES)
-    on_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     hasher = Hasher([source.folder / "config.json", *source.companions(), *_weight_files(prepared)])
     with StagedFolder(out, overwrite=overwrite) as stage:
         files, modules, totals = _write_shards(prepared, stage, on_device, on_progress or _quiet)
@@ -163,6 +164,14 @@ def write_artifact(
         stage.add_file(MANIFEST, json_file.encode(manifest))
         stage.commit()
     return Conversion(out, manifest, report)
+
+
+def _find_device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {name!r}: auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device cuda: torch {torch.__version__} finds no CUDA device; use cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _quiet(name: str, count: int) -> None:
@@ -198,7 +207,8 @@ def _head_differs(tied: bool, checkpoint: Checkpoint) -> bool:
         return False
     a, b = checkpoint.tensor(head), checkpoint.tensor(embedding)
     same = a.shape == b.shape and a.dtype == b.dtype
-    same = same and all(torch.equal(x, y) for x, y in zip(a.split(1024), b.split(1024), strict=True))
+    blocks = zip(a.flatten().split(CPU_BLOCK), b.flatten().split(CPU_BLOCK), strict=same)
+    same = same and all(torch.equal(x, y) for x, y in blocks)
     for name in (head, embedding):
         checkpoint.release(name)
     return not same
@@ -209,17 +219,9 @@ def _write_shards(
 ) -> tuple[dict[str, Written], list[ModuleReport], Totals]:
     """All safetensors files, each written front to back while its tensors are made."""
     plan = prepared.plan
-    shards = plan_shards(plan.outputs(), prepared.request.max_shard_bytes)
-    names = shard_names(len(shards))
-    shard_of = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    writers = {
-        name: ShardWriter(stage.path(name), shard, {"format": "pt"}) for name, shard in zip(names, shards, strict=True)
-    }
-    files: dict[str, Written] = {}
     modules: list[ModuleReport] = []
     totals = Totals()
-    left = {name: len(shard) for name, shard in zip(names, shards, strict=True)}
-    try:
+    with Shards(stage, plan.outputs(), prepared.request.max_shard_bytes) as shards:
         for step in plan.steps:
             if isinstance(step, Keep):
                 tensors: Iterable[tuple[str, torch.Tensor]] = [(step.name, _dense(prepared, step, on_progress))]
@@ -229,19 +231,9 @@ def _write_shards(
                 modules.append(meter.report(step.module, step.entry))
                 totals.include(meter, step.entry)
             for name, tensor in tensors:
-                shard_name = shard_of[name]
-                writers[shard_name].write(name, tensor)
-                left[shard_name] -= 1
-                if not left[shard_name]:
-                    files[shard_name] = writers[shard_name].finish()
+                shards.write(name, tensor)
             prepared.checkpoint.release(step.source)
-    finally:
-        for writer in writers.values():
-            writer.close()
-    if len(shards) > 1:
-        index = "model.safetensors.index.json"
-        files[index] = stage.add_file(index, index_json(shards))
-    return files, modules, totals
+        return shards.finish(), modules, totals
 
 
 def _dense(prepared: Prepared, step: Keep, on_progress: OnProgress) -> torch.Tensor:
@@ -299,10 +291,14 @@ def _small_files(prepared: Prepared, report: Report) -> Iterable[tuple[str, byte
 
 
 def _config(prepared: Prepared) -> bytes:
-    """The source's config.json with what readers of compressed-tensors need."""
+    """The source's config.json with what readers of compressed-tensors need.
+
+    Private keys stay behind: one names the folder of whoever saved the model, another picks code that transformers
+    loads from the Hub.
+    """
     plan = prepared.plan
     path = prepared.source.folder / "config.json"
-    config = json_file.read(path, dict[str, object])
+    config = {k: v for k, v in json_file.read(path, dict[str, object]).items() if not k.startswith("_")}
     config["tie_word_embeddings"] = plan.spec.tied
     for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
         if key in config or key == "dtype":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from lbq.formats.disk import hash_file
-from lbq.formats.errors import LbqError, RemoteError, StorageError
+from lbq.formats.errors import DataError, LbqError, RemoteError, StorageError
+from lbq.formats.json_file import read_bytes
 from lbq.formats.manifest import FileEntry
 
 # Files that travel with a model besides config.json and the weights.
@@ -55,7 +59,7 @@ def resolve(model: str | Path, revision: str | None = None) -> SourceFolder:
     """
     path = Path(model)
     if path.is_dir():
-        return SourceFolder(path, path.resolve().name)
+        return SourceFolder(path, os.fsencode(path.resolve().name).decode(errors="replace"))
     name = str(model)
     if path.exists():
         raise StorageError(f"{model}: not a folder; give the folder that holds config.json")
@@ -71,14 +75,30 @@ def _download(name: str, revision: str | None) -> SourceFolder:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=["config.json", *WEIGHTS, *COMPANIONS, *LEGAL]
         )
-    except KeyboardInterrupt:
-        raise
     except Exception as error:  # the client raises its own, httpx's and OSError's kinds
-        if isinstance(error, LbqError):
-            raise
         reason = str(error).strip().partition("\n")[0]
         raise RemoteError(f"{name}: could not be fetched from the Hub: {reason}") from error
     return SourceFolder(Path(folder), name, Path(folder).name)
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Raise DataError for a ``tokenizer.json`` that cannot be read, or that makes ids beyond ``vocab_size``."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        vocabulary = Tokenizer.from_buffer(read_bytes(path)).get_vocab(with_added_tokens=True)
+    except LbqError:
+        raise
+    except Exception as error:  # the library raises ValueError, and plain Exception for some content
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: {reason}") from None
+    largest = max(vocabulary.values(), default=-1)
+    if largest >= vocab_size:
+        raise DataError(
+            f"{path}: token ids go up to {largest} but the model has {vocab_size} embedding rows; "
+            "this tokenizer belongs to another model"
+        )
 
 
 class Hasher(threading.Thread):
