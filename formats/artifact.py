@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-from lbq.formats.disk import check_plain_name, hash_file, listed
+from lbq.formats.disk import hash_file, listed
 from lbq.formats.errors import DataError
 from lbq.formats.manifest import MANIFEST, FileEntry, Manifest, QuantizedModule, read_manifest
 from lbq.formats.packing import SCALE_DTYPE, PackedWeight, packed_words
@@ -122,7 +122,7 @@ def _file_problem(path: Path, entry: FileEntry, on_bytes: Callable[[int], None])
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
-        path = folder / check_plain_name(name, str(folder / MANIFEST))
+        path = folder / name
         if not path.is_file():
             raise DataError(f"{folder}: {name} is missing; fetch or convert the artifact again")
         size = path.stat().st_size
@@ -131,7 +131,9 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_tensors(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """The shards hold exactly the tensors that the manifest promises."""
+    """The shards are files of the manifest and hold exactly the tensors that it promises."""
+    if strays := checkpoint.files.keys() - manifest.files.keys():
+        raise DataError(f"{folder}: files not in the manifest: {listed(sorted(strays))}; remove them")
     expected = {t.name: t for module, entry in manifest.quantized.items() for t in packed_tensors(module, entry)}
     for name, dense in manifest.dense.items():
         if name in expected:
@@ -172,6 +174,10 @@ def _check_spec(folder: Path, manifest: Manifest) -> None:
             raise DataError(f"{where}: quantized module {name} is not part of the model")
         if (entry.n, entry.k) != (projection_of.out_features, projection_of.in_features):
             raise DataError(f"{where}: {name} is {entry.n}×{entry.k}, which does not fit the model")
+    for unit in spec.units():
+        schemes = {manifest.quantized[p.name].scheme if p.name in manifest.quantized else None for p in unit}
+        if len(schemes) > 1:
+            raise DataError(f"{where}: {listed([p.name for p in unit])} are fused and differ in bits or group")
     dense = {name: tensor.shape for name, tensor in manifest.dense.items()}
     if dense != needed:
         odd = sorted(name for name in dense.keys() | needed.keys() if dense.get(name) != needed.get(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,8 @@ MAX_BYTES = 64 << 20  # a manifest of a thousand layers is a few megabytes
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """The file's bytes. Raises DataError past ``limit`` bytes, StorageError where it cannot be read."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise StorageError(f"{path}: not a file")  # opening a pipe would wait for a writer
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from lbq.formats import json_file
+from lbq.formats.disk import check_plain_name
 from lbq.formats.errors import DataError, StorageError
 from lbq.formats.scheme import Scheme
 from lbq.formats.spec import Count, ModelSpec, Name
@@ -110,7 +111,8 @@ class _Version(msgspec.Struct):
 def read_manifest(folder: Path) -> Manifest:
     """Read ``folder/lbq.json``.
 
-    Raises StorageError where there is none, DataError for a version this lbq does not know or a field that is wrong.
+    Raises StorageError where there is none, DataError for a version this lbq does not know or a field that is wrong;
+    every name in ``files`` is that of a file in the folder.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -121,4 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
     version = json_file.decode(data, _Version, path).lbq_format
     if version != VERSION:
         raise DataError(f"{path}: format version {version}; this lbq reads version {VERSION}: upgrade lbq")
-    return json_file.decode(data, Manifest, path)
+    manifest = json_file.decode(data, Manifest, path)
+    for name in manifest.files:
+        check_plain_name(name, str(path))
+    return manifest
