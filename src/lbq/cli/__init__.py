@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from lbq.cli.convert import convert
+from lbq.cli.display import plain
 from lbq.cli.inspect import inspect
 from lbq.cli.run import run
 from lbq.cli.verify import verify
@@ -49,16 +50,19 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 def _run() -> int:
     try:
-        code = cli.main(standalone_mode=False)
+        with cli.make_context("lbq", sys.argv[1:]) as context:  # not cli.main: it ends with 1 when a pipe closes
+            cli.invoke(context)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except click.Abort:
+        return 0
+    except click.exceptions.Exit as done:  # --help, --version
+        return done.exit_code
+    except (click.Abort, KeyboardInterrupt):
         return _say("interrupted", INTERRUPTED)
-    except KeyboardInterrupt:
-        return _say("interrupted", INTERRUPTED)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except click.ClickException as error:
+        return _say(f"error: {' '.join(error.format_message().split())}", error.exit_code)
     except LbqError as error:
         return _say(f"error: {error}", error.exit_code)
     except BrokenPipeError:
@@ -73,10 +77,10 @@ def _run() -> int:
     except Exception as error:
         if os.environ.get("LBQ_TRACEBACK"):
             traceback.print_exc()
-        what = f"{type(error).__name__}: {error}".replace("\n", " ")
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return _say(f"error: a bug in lbq, please report it: {what} (LBQ_TRACEBACK=1 shows where)", 1)
 
 
 def _say(text: str, code: int) -> int:
-    click.echo(f"lbq: {text}", err=True)
+    click.echo(f"lbq: {plain(text)}", err=True)
     return code

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 
 import click
 from rich.console import Console
@@ -40,12 +41,17 @@ class Size(click.ParamType[int]):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
         if not found or found[2].upper() not in _UNITS:
             self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2].upper()])
+        return int(Decimal(found[1]) * _UNITS[found[2].upper()])
+
+
+def plain(text: str) -> str:
+    """``text`` on one line, control characters escaped: what files say must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def note(text: str) -> None:
     """Say something that differs from what was asked for."""
-    click.echo(f"note: {text}", err=True)
+    click.echo(f"note: {plain(text)}", err=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -54,9 +60,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     for i, column in enumerate(columns):
         shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=True, overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(plain, row))
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
-    console.print(shown)
+    with console.capture() as text:  # rich ends the process with 1 when the reader of a pipe has gone
+        console.print(shown)
+    click.echo(text.get(), nl=False)
 
 
 class Bar:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lbq.cli.display import note, pattern, size, table
+from lbq.cli.display import note, pattern, plain, size, table
 
 if TYPE_CHECKING:
     from lbq.formats.manifest import Manifest
@@ -33,18 +33,34 @@ def inspect(artifact: Path, layers: bool, as_json: bool) -> None:
         note(text)
 
 
+def _cosines(artifact: Path, manifest: Manifest) -> dict[str, float]:
+    """Each quantized layer's cosine, from the report."""
+    from lbq.formats import json_file
+    from lbq.formats.errors import DataError
+    from lbq.formats.manifest import REPORT
+    from lbq.formats.report import Report
+
+    path = artifact / REPORT
+    if REPORT not in manifest.files:
+        raise DataError(f"{artifact}: no {REPORT}; convert the artifact again")
+    cosines = {m.name: m.cosine for m in json_file.read(path, Report).modules}
+    if cosines.keys() != manifest.quantized.keys():
+        raise DataError(f"{path}: its layers are not those of the manifest; fetch or convert the artifact again")
+    return cosines
+
+
 def _print_head(artifact: Path, manifest: Manifest) -> None:
     spec, method, source, summary = manifest.spec, manifest.method, manifest.source, manifest.summary
     revision = f" at {source.revision}" if source.revision else ""
     nbytes = sum(entry.size for entry in manifest.files.values())
-    tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
+    tools = plain(", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
     group = method.group or "row"
     click.echo(f"{artifact}: {size(nbytes)} in {len(manifest.files)} files, format {manifest.lbq_format}")
     click.echo(
         f"model    {len(spec.layers)} layers, hidden {spec.hidden_size}, vocabulary {spec.vocab_size}, "
         f"context {spec.context}"
     )
-    click.echo(f"source   {source.name}{revision}")
+    click.echo(f"source   {plain(source.name + revision)}")
     click.echo(f"method   {method.name}, INT{method.bits}, group {group}, head {method.lm_head} bits, by {tools}")
     click.echo(
         f"quality  weight cosine {summary.cosine:.5f} (worst layer {summary.worst_cosine:.5f}), "
@@ -54,11 +70,7 @@ def _print_head(artifact: Path, manifest: Manifest) -> None:
 
 
 def _print_tensors(artifact: Path, manifest: Manifest, layers: bool) -> None:
-    from lbq.formats import json_file
-    from lbq.formats.manifest import REPORT
-    from lbq.formats.report import Report
-
-    cosines = {m.name: m.cosine for m in json_file.read(artifact / REPORT, Report).modules}
+    cosines = _cosines(artifact, manifest)
     rows: dict[tuple[str, ...], list[float]] = {}
     for name, entry in manifest.quantized.items():
         group = "row" if entry.group == entry.k else str(entry.group)
