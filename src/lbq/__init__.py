@@ -11,7 +11,6 @@ Names are imported when they are first used: the quantizer and the runtime do no
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "convert", "load"]
 
-__version__ = version("lbq")
+__version__ = "0.1.0"
 
 _HOMES = {"convert": "lbq.quantizer.convert", "load": "lbq.runtime.model"}
 
