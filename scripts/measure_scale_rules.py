@@ -1,0 +1,174 @@
+"""What each scale rule costs: KL divergence to the unquantised model, over real models and held-out text.
+
+    python scripts/measure_scale_rules.py models/SmolLM2-135M-Instruct models/Qwen2.5-Coder-0.5B-Instruct \\
+        --text models/wikipedia/heldout.json --results results.jsonl
+
+Every linear layer but the head is replaced by what its codes and scales dequantise to (or, for the measure ``head``,
+the head alone, at 8 bits and one scale a row), and the model runs in float32 on both sides, so that nothing but the
+quantisation differs. The divergence is KL(unquantised ‖ quantised) of the next-token distributions in nats, averaged
+over all positions. Measures already in the results file are not repeated. Ends with docs/scale-rules.md's tables.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lbq.formats.scheme import effective_group
+from lbq.quantizer.rtn import ScaleRule, quantize
+
+HEAD = "lm_head"
+ROW = "row"
+GROUPS = {4: ("32", "64", "128", "256", ROW), 3: ("32", "64", "128", "256", ROW), 8: ("128", ROW)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of one model; ``part`` is ``body`` (all linears but the head) or ``head``."""
+
+    model: str
+    part: str
+    bits: int
+    group: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Measure:
+    """``kl`` in nats a token; ``over_absmax`` its excess over the rule absmax, and that excess' standard error."""
+
+    case: Case
+    kl: float
+    over_absmax: float
+    standard_error: float
+
+
+class Bench:
+    """A model in float32, its text, and what it answers unquantised."""
+
+    def __init__(self, folder: Path, text: Path, sequences: int, length: int) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        output = self.model.get_output_embeddings()
+        output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)  # untied
+        self.originals = {
+            name: module.weight.detach().to(torch.bfloat16)  # exact: the checkpoint is BF16
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        length = min(length, self.model.config.max_position_embeddings)
+        self.tokens = held_out_tokens(folder, text, sequences, length)
+        self.reference = [self._log_probabilities(row) for row in self.tokens]
+
+    @torch.inference_mode()
+    def _log_probabilities(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(self.model(tokens[None]).logits[0], dim=-1)
+
+    def divergence(self, part: str, bits: int, group: int | None, rule: ScaleRule) -> torch.Tensor:
+        """KL divergence at every position, in nats, float64 [positions]."""
+        for name, original in self.originals.items():
+            weight = self.model.get_submodule(name).weight
+            if (name == HEAD) == (part == "head"):
+                chosen = effective_group(original.shape[1], group)
+                weight.data.copy_(quantize(original, bits, chosen, rule).dequantize())
+            else:
+                weight.data.copy_(original)
+        pairs = zip(self.tokens, self.reference, strict=True)
+        return torch.cat([kl(reference, self._log_probabilities(row)) for row, reference in pairs])
+
+
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) of every row. Σ p·(q/p − 1 − log(q/p)): no negative term, so that small values are not rounding."""
+    rows = []
+    for p, q in zip(log_p.split(64), log_q.split(64), strict=True):
+        ratio = q - p
+        rows.append((p.exp() * (ratio.expm1() - ratio)).sum(-1, dtype=torch.float64))
+    return torch.cat(rows)
+
+
+def held_out_tokens(folder: Path, text: Path, sequences: int, length: int) -> torch.Tensor:
+    """The first ``length`` tokens of evenly spaced articles that have as many, int64 [sequences, length]."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    articles = [article["text"] for article in json.loads(text.read_text(encoding="utf-8"))]
+    rows = []
+    for start in range(0, len(articles), len(articles) // sequences):
+        for article in articles[start:]:
+            ids = tokenizer(article[: 16 * length])["input_ids"]
+            if len(ids) >= length:
+                rows.append(ids[:length])
+                break
+    return torch.tensor(rows[:sequences])
+
+
+def cases(model: str, smallest_group: int) -> list[list[Case]]:
+    """What to measure: of every configuration all rules, absmax first, which the others are compared with."""
+    body = [
+        ("body", bits, group)
+        for bits, groups in GROUPS.items()
+        for group in groups
+        if group == ROW or int(group) >= smallest_group
+    ]
+    return [
+        [Case(model, *configuration, rule.value) for rule in ScaleRule] for configuration in (*body, ("head", 8, ROW))
+    ]
+
+
+def measure(bench: Bench, todo: list[list[Case]], results: Path) -> None:
+    for case in itertools.chain.from_iterable(todo):
+        group = None if case.group == ROW else int(case.group)
+        values = bench.divergence(case.part, case.bits, group, ScaleRule(case.rule))
+        if case.rule == ScaleRule.ABSMAX:
+            absmax = values
+        excess = values - absmax
+        error = float(excess.std()) / len(excess) ** 0.5
+        row = Measure(case, float(values.mean()), float(excess.mean()), error)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+        click.echo(f"{case}: {row.kl:.5f} ({row.over_absmax:+.5f} ± {error:.5f})", err=True)
+
+
+def read(results: Path) -> list[Measure]:
+    if not results.is_file():
+        return []
+    rows = (json.loads(line) for line in results.read_text(encoding="utf-8").splitlines())
+    return [Measure(**(row | {"case": Case(**row["case"])})) for row in rows]
+
+
+def table(measures: list[Measure]) -> str:
+    """Markdown, one line a configuration, the lowest divergence bold."""
+    rules = [rule.value for rule in ScaleRule]
+    lines = [f"| model | quantised | {' | '.join(rules)} |", "|---|---|" + "---:|" * len(rules)]
+    by_case = {m.case: m for m in measures}
+    for key in dict.fromkeys((m.case.model, m.case.part, m.case.bits, m.case.group) for m in measures):
+        found = [by_case.get(Case(*key, rule)) for rule in rules]
+        least = min(m.kl for m in found if m is not None)
+        cells = ["" if m is None else f"**{m.kl:.4g}**" if m.kl == least else f"{m.kl:.4g}" for m in found]
+        model, part, bits, group = key
+        lines.append(f"| {model} | {part} INT{bits} {group} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.argument("models", type=click.Path(path_type=Path, exists=True, file_okay=False), nargs=-1, required=True)
+@click.option("--text", type=click.Path(path_type=Path, exists=True), required=True, help="JSON list of {text}.")
+@click.option("--results", type=click.Path(path_type=Path), required=True, help="File of measures, added to.")
+@click.option("--sequences", default=4, show_default=True, help="Articles.")
+@click.option("--length", default=256, show_default=True, help="Tokens of each; at most the model's context.")
+@click.option("--smallest-group", default=64, show_default=True, help="32 only for a model that never was on a grid.")
+def main(models: tuple[Path, ...], text: Path, results: Path, sequences: int, length: int, smallest_group: int) -> None:
+    """Measure MODELS and print the tables."""
+    for folder in models:
+        done = {m.case for m in read(results)}
+        todo = [rules for rules in cases(folder.name, smallest_group) if not done.issuperset(rules)]
+        if todo:
+            measure(Bench(folder, text, sequences, length), todo, results)
+    click.echo(table(read(results)))
+
+
+if __name__ == "__main__":
+    main()
