@@ -26,7 +26,6 @@ _TWO_BITS = tl.constexpr(0x60606060)
 _DP4A = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
 _TINY = tl.constexpr(1e-30)  # a block of activations below this counts as zero, so that 127 / amax is finite
 _INFINITY = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -98,7 +97,7 @@ def quantize(x_ptr, q_ptr, s_ptr, K, BLOCKS, XC, C: tl.constexpr, FOLD: tl.const
     v = x * tl.where(usable, 127.0 / tl.where(usable, amax, 1.0), 0.0)[:, None]
     first = tl.floor(v + 0.5)
     second = tl.floor((v - first) * 254.0 + 0.5)
-    scale = tl.where(broken, _NAN, tl.where(usable, amax * (FOLD / (127 * 254)), 0.0))
+    scale = tl.where(broken, float("nan"), tl.where(usable, amax * (FOLD / (127 * 254)), 0.0))
     tl.store(s_ptr + m * BLOCKS + block, scale, mask=block < BLOCKS)
 
     R: tl.constexpr = C // 4
@@ -112,7 +111,7 @@ def quantize(x_ptr, q_ptr, s_ptr, K, BLOCKS, XC, C: tl.constexpr, FOLD: tl.const
     tl.store(out + R * XC, tl.sum(((second.to(tl.int32) & 255) << shift).reshape(BB, CB, 4, R), axis=2), mask=keep)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["M"])
 def gemv(
     w_ptr,
     s_ptr,
