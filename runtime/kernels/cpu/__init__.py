@@ -1,0 +1,31 @@
+"""Linears on the CPU: a stored matrix becomes the fastest float32-accurate kernel that this build of torch has.
+
+Which kernels were tried, what they cost and why these were kept is in ``docs/cpu-kernels.md``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lbq.formats.packing import PackedWeight
+from lbq.runtime.kernels.cpu.bags import ByteBagLinear, NibbleBagLinear
+from lbq.runtime.kernels.cpu.dense import DenseLinear
+from lbq.runtime.kernels.cpu.fbgemm import missing_fbgemm
+from lbq.runtime.kernels.cpu.mapped import MappedLinear, check_bias
+from lbq.runtime.kernels.linear import Linear
+
+__all__ = ["DenseLinear", "cpu_linear"]
+
+
+def cpu_linear(weight: PackedWeight, bias: torch.Tensor | None = None, *, exact: bool = False) -> Linear:
+    """y = x · Wᵀ + bias for a quantised ``weight`` and a float32 ``bias`` [N].
+
+    ``exact`` asks for the reference mode: tiles of the mapped file become float32, then a float32 matmul. Otherwise
+    the weight is rearranged for FBGEMM and the result holds no reference to ``weight``'s tensors. Both keep
+    activations, products and sums in float32.
+    """
+    check_bias(bias, weight.n)
+    missing = None if exact else missing_fbgemm()
+    if exact or missing:
+        return MappedLinear(weight, bias, missing)
+    return ByteBagLinear(weight, bias) if weight.bits == 8 else NibbleBagLinear(weight, bias)
