@@ -7,13 +7,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+HERE = Path(__file__).parent
 FILES = ("test_gemv.py", "test_dequant.py", "test_dense.py", "test_cuda_linear.py")
 
 
 def test_under_the_interpreter() -> None:
-    files = [str(Path(__file__).parent / name) for name in FILES]
+    files = [str(HERE / name) for name in FILES]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider", *files],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            f"--confcutdir={HERE}",
+            *files,
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
