@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -51,7 +52,7 @@ class Tokenizer:
             raise DataError(f"{path}: {_one_line(error)}") from None
         return cls(backend, load_tokenizer_config(folder), str(path))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The largest token id plus one: the rows that an embedding needs."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
