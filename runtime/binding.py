@@ -42,7 +42,8 @@ class Weights(Protocol):
 class Kernels(Protocol):
     """Makes the linears of one device. Weights may lie in a mapped file; a kernel copies what it needs."""
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device: ...
 
     def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
         """From codes; ``bias`` is float32 [N]."""
@@ -89,17 +90,24 @@ class _Binder:
 
     def bind(self) -> Bound:
         spec = self._spec
-        name = f"{spec.embedding}.weight"
-        embedding = self._weights.dense(name)
-        if self._kernels.device.type != "cpu":
-            embedding = embedding.to(self._kernels.device)
-            self._resident += embedding.nbytes
-            self._weights.release_dense(name)
+        embedding = self._embedding()
         layers = [self._layer(spec.layer(i), i) for i in range(len(spec.layers))]
         norm = self._norm(spec.norm, 0)
         head = self._tied_head(embedding) if spec.tied else self._unit((spec.head,), 0)
         uses = tuple(KernelUse(*key, count) for key, count in self._uses.items())
         return Bound(Decoder(spec, embedding, layers, norm, head), uses, self._resident)
+
+    def _embedding(self) -> torch.Tensor:
+        """BF16 [V, hidden]: mapped on the CPU, where a token reads one row, moved elsewhere."""
+        name = f"{self._spec.embedding}.weight"
+        mapped = self._weights.dense(name)
+        if self._kernels.device.type == "cpu":
+            return mapped
+        moved = mapped.to(self._kernels.device)
+        self._weights.release_dense(name)
+        if not self._spec.tied:  # else it is counted with the head
+            self._resident += moved.nbytes
+        return moved
 
     def _layer(self, layer: Layer, i: int) -> DecoderLayer:
         return DecoderLayer(
@@ -130,30 +138,43 @@ class _Binder:
         quantized = {self._weights.is_quantized(p.name) for p in parts}
         if len(quantized) != 1:
             raise DataError(f"{_names(parts)}: some are quantized and some are not; lbq fuses them, convert again")
-        bias = self._bias(parts)
-        if quantized.pop():
-            linear = self._packed_unit(parts, bias)
-        else:
-            matrices = [self._weights.dense(f"{p.name}.weight") for p in parts]
-            linear = self._kernels.dense(_joined(matrices), bias)
-            if len(parts) > 1 or linear.resident_bytes:
-                for p in parts:
-                    self._weights.release_dense(f"{p.name}.weight")
-            self._resident += _copied(matrices)
+        linear = (self._packed if quantized.pop() else self._dense)(parts)
         return self._use(unit, linear)
 
-    def _packed_unit(self, parts: tuple[Projection, ...], bias: torch.Tensor | None) -> Linear:
+    def _packed(self, parts: tuple[Projection, ...]) -> Linear:
         packed = [self._weights.packed(p.name) for p in parts]
         first = packed[0]
         if any((w.bits, w.group) != (first.bits, first.group) for w in packed):
             raise DataError(f"{_names(parts)}: bits and groups differ; lbq fuses them, convert again")
-        words, scales = [w.words for w in packed], [w.scales for w in packed]
-        whole = PackedWeight(_joined(words), _joined(scales), first.bits, first.group, first.k)
-        linear = self._kernels.packed(whole, bias)
-        if len(parts) > 1 or linear.resident_bytes:
+        words, scales = _joined([w.words for w in packed]), _joined([w.scales for w in packed])
+        whole = PackedWeight(words, scales, first.bits, first.group, first.k)
+        linear = self._kernels.packed(whole, self._bias(parts))
+        if self._holds(linear, parts, whole.nbytes):
             for p in parts:
                 self._weights.release(p.name)
         return linear
+
+    def _dense(self, parts: tuple[Projection, ...]) -> Linear:
+        names = [f"{p.name}.weight" for p in parts]
+        whole = _joined([self._weights.dense(name) for name in names])
+        linear = self._kernels.dense(whole, self._bias(parts))
+        if self._holds(linear, parts, whole.nbytes):
+            for name in names:
+                self._weights.release_dense(name)
+        return linear
+
+    def _tied_head(self, embedding: torch.Tensor) -> Linear:
+        unit = (self._spec.head,)
+        linear = self._kernels.dense(embedding, self._bias(unit))
+        if self._holds(linear, unit, 0) and embedding.is_cpu:
+            self._weights.release_dense(f"{self._spec.embedding}.weight")
+        return self._use(unit, linear)
+
+    def _holds(self, linear: Linear, parts: tuple[Projection, ...], nbytes: int) -> bool:
+        """Count what a kernel holds: its own arrangement, or the joined matrix where it uses that, or only the file."""
+        held = linear.resident_bytes or (nbytes if len(parts) > 1 else 0)
+        self._resident += held
+        return held > 0
 
     def _bias(self, parts: tuple[Projection, ...]) -> torch.Tensor | None:
         if not any(p.bias for p in parts):
@@ -165,23 +186,15 @@ class _Binder:
             ]
         )
 
-    def _tied_head(self, embedding: torch.Tensor) -> Linear:
-        return self._use((self._spec.head,), self._kernels.dense(embedding, self._bias((self._spec.head,))))
-
     def _use(self, unit: tuple[Projection, ...], linear: Linear) -> Linear:
         key = (_names(unit), linear.kernel, linear.fallback)
         self._uses[key] = self._uses.get(key, 0) + 1
-        self._resident += linear.resident_bytes
         return linear
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Rows one after the other; a single part stays where it is, mapped."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _copied(parts: Sequence[torch.Tensor]) -> int:
-    return sum(p.nbytes for p in parts) if len(parts) > 1 else 0
 
 
 def _names(unit: tuple[Projection, ...]) -> str:

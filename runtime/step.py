@@ -77,13 +77,16 @@ class HostStep:
 
 
 class DeviceStep:
-    """One token whose position is a tensor, so that a CUDA graph of the step serves every position below ``bucket``."""
+    """One token whose position is a tensor, so that a CUDA graph of the step serves many positions."""
 
-    def __init__(self, position: torch.Tensor, bucket: int) -> None:
+    def __init__(self, position: torch.Tensor, slots: torch.Tensor) -> None:
+        """``position``: int64 [1]; ``slots``: int64 0, 1, …, S − 1, the part of a fixed cache that is looked at.
+
+        Position must be below S whenever the step runs.
+        """
         assert position.dtype == torch.int64
         assert position.shape == (1,)
-        self._position, self._bucket = position, bucket
-        self._slots = torch.arange(bucket, device=position.device)
+        self._position, self._slots = position, slots
         self._angles: dict[Rotary, Angles] = {}
         self._masks: dict[int | None, torch.Tensor] = {}
 
@@ -99,7 +102,7 @@ class DeviceStep:
         mask = self._masks.get(window)
         if mask is None:
             mask = self._masks[window] = _visible(self._slots, self._position.unsqueeze(1), window)
-        k, v = cache.kv.narrow(2, 0, self._bucket).unbind(0)
+        k, v = cache.kv.narrow(2, 0, self._slots.shape[0]).unbind(0)
         return Seen(k, v, mask, causal=False)
 
 

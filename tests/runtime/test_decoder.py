@@ -99,7 +99,7 @@ def test_step_with_the_position_in_a_tensor(decoder, ids, bucket):
     position = torch.tensor([20])
     for i in range(20, PROMPT):
         position.fill_(i)
-        got = decoder.step(ids[i : i + 1], state, DeviceStep(position, bucket))
+        got = decoder.step(ids[i : i + 1], state, DeviceStep(position, torch.arange(bucket)))
         torch.testing.assert_close(got, expected[i], rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
