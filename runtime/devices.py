@@ -33,9 +33,9 @@ class CpuDevice:
         return cpu_linear(weight, bias, exact=self.exact)
 
     def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        from lbq.runtime.kernels.cpu import cpu_dense
+        from lbq.runtime.kernels.cpu import DenseLinear
 
-        return cpu_dense(weight, bias, exact=self.exact)
+        return DenseLinear(weight, bias, exact=self.exact)
 
     def default_context(self, spec: ModelSpec) -> int:
         return spec.context

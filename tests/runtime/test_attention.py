@@ -1,0 +1,82 @@
+"""Attention over a cache against a plain float64 formula; slots that were never written must not matter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lbq.runtime.attention import attend
+from lbq.runtime.cache import KVCache
+from lbq.runtime.norm import RmsNorm
+from lbq.runtime.step import DeviceStep, HostStep
+
+HEADS, KV_HEADS, DIM, CONTEXT = 6, 2, 16, 64
+CPU = torch.device("cpu")
+
+
+def plain_attention(q, k, v, window):
+    """float64 [T, heads, dim] for the last T of S positions; k, v [S, kv_heads, dim]."""
+    tokens, length = q.shape[0], k.shape[0]
+    out = torch.empty(tokens, HEADS, DIM, dtype=torch.float64)
+    for t in range(tokens):
+        now = length - tokens + t
+        first = 0 if window is None else max(0, now - window + 1)
+        for h in range(HEADS):
+            keys, values = (x[first : now + 1, h // (HEADS // KV_HEADS)].double() for x in (k, v))
+            out[t, h] = torch.softmax(keys @ q[t, h].double() / math.sqrt(DIM), 0) @ values
+    return out.view(tokens, -1)
+
+
+def cache_of(dtype: torch.dtype = torch.float32, *, fixed: bool = False, fill: float = math.nan) -> KVCache:
+    cache = KVCache(KV_HEADS, DIM, CONTEXT, dtype=dtype, device=CPU, fixed=fixed)
+    cache.kv.fill_(fill)
+    return cache
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 13, 40])
+@pytest.mark.parametrize("split", [(30,), (13, 17), (1, 12, 1, 1, 15)])
+def test_attention_in_pieces(window, split):
+    q, kv = torch.randn(30, HEADS, DIM), torch.randn(30, 2 * KV_HEADS, DIM)
+    cache, start, got = cache_of(), 0, []
+    for length in split:
+        stop = start + length
+        seen = HostStep(start, length, CPU).store(cache, kv[start:stop], window)
+        got.append(attend(q[start:stop], seen, DIM**-0.5))
+        start = stop
+    expected = plain_attention(q, kv[:, :KV_HEADS], kv[:, KV_HEADS:], window)
+    torch.testing.assert_close(torch.cat(got).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+def test_attention_with_the_position_in_a_tensor(window, dtype, tolerance):
+    q, kv = torch.randn(20, HEADS, DIM), torch.randn(20, 2 * KV_HEADS, DIM)
+    cache = cache_of(dtype, fixed=True, fill=1e4)  # what a longer text left behind
+    HostStep(0, 19, CPU).store(cache, kv[:19], window)
+    seen = DeviceStep(torch.tensor([19]), torch.arange(32)).store(cache, kv[19:], window)
+    got = attend(q[19:], seen, DIM**-0.5)
+    assert got.dtype == torch.float32
+    expected = plain_attention(q[19:], kv[:, :KV_HEADS], kv[:, KV_HEADS:], window)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
+
+
+def test_new_cache_holds_no_nan():
+    assert torch.equal(
+        cache_of(fixed=True, fill=0.0).kv,
+        KVCache(KV_HEADS, DIM, CONTEXT, dtype=torch.float32, device=CPU, fixed=True).kv,
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (7, 48), (3, 4, 48), (1, 1, 48)])
+def test_rms_norm(shape):
+    weight, x = torch.randn(48).to(torch.bfloat16), 10 * torch.randn(shape)
+    expected = weight.double() * x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    got = RmsNorm(weight, 1e-5)(x)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_of_zeros():
+    assert torch.equal(RmsNorm(torch.ones(8), 1e-6)(torch.zeros(1, 8)), torch.zeros(1, 8))

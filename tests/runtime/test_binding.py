@@ -1,0 +1,117 @@
+"""Binding: what is fused, what is refused, what is released and what is reported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from lbq.formats.errors import DataError
+from lbq.formats.packing import PackedWeight
+from lbq.quantizer.rtn import quantize
+from lbq.runtime.binding import KernelUse, bind
+
+
+@dataclass
+class Seen:
+    """A linear that remembers what it was made of and holds ``resident_bytes``."""
+
+    weight: PackedWeight | torch.Tensor
+    bias: torch.Tensor | None
+    kernel: str
+    resident_bytes: int
+    fallback: str | None = None
+    n: int = 0
+    k: int = 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@dataclass
+class Recorder:
+    """Kernels that compute nothing."""
+
+    resident: int = 0
+    made: list[Seen] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def packed(self, weight, bias):
+        self.made.append(Seen(weight, bias, f"INT{weight.bits}", self.resident))
+        return self.made[-1]
+
+    def dense(self, weight, bias):
+        self.made.append(Seen(weight, bias, "BF16", self.resident, "nobody asked"))
+        return self.made[-1]
+
+
+def test_units_are_joined_in_the_order_of_the_spec(make_tiny):
+    tiny = make_tiny("qwen2-some-windows")
+    kernels = Recorder()
+    bind(tiny.weights, kernels)
+    qkv = kernels.made[0]
+    names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
+    parts = [tiny.weights.packed(name).dequantize() for name in names]
+    assert torch.equal(qkv.weight.dequantize(), torch.cat(parts))
+    assert qkv.bias.dtype == torch.float32
+    assert torch.equal(qkv.bias, torch.cat([tiny.weights.dense(f"{name}.bias").float() for name in names]))
+    assert len(kernels.made) == 4 * 3 + 1
+
+
+def test_kernel_uses_are_grouped_by_unit_and_kernel(make_tiny):
+    tiny = make_tiny("llama-tied")
+    weight = tiny.weights.quantized.pop("model.layers.1.mlp.down_proj")
+    tiny.weights.tensors["model.layers.1.mlp.down_proj.weight"] = weight.dequantize().to(torch.bfloat16)
+    uses = bind(tiny.weights, Recorder()).kernels
+    assert set(uses) == {
+        KernelUse("model.layers.*.self_attn.{q_proj,k_proj,v_proj}", "INT4", None, 3),
+        KernelUse("model.layers.*.self_attn.o_proj", "INT4", None, 3),
+        KernelUse("model.layers.*.mlp.{gate_proj,up_proj}", "INT4", None, 3),
+        KernelUse("model.layers.*.mlp.down_proj", "INT4", None, 2),
+        KernelUse("model.layers.*.mlp.down_proj", "BF16", "nobody asked", 1),
+        KernelUse("lm_head", "BF16", "nobody asked", 1),
+    }
+
+
+def test_tied_head_is_the_embedding_itself(make_tiny):
+    tiny = make_tiny("llama-tied")
+    kernels = Recorder()
+    bind(tiny.weights, kernels)
+    assert kernels.made[-1].weight is tiny.weights.dense("model.embed_tokens.weight")
+
+
+def test_what_was_copied_is_released_and_counted(make_tiny):
+    tiny = make_tiny("llama3-rope")
+    joined = [f"model.layers.{i}.{x}" for i in range(3) for x in ("self_attn.q_proj", "mlp.up_proj")]
+    alone = [f"model.layers.{i}.{x}" for i in range(3) for x in ("self_attn.o_proj", "mlp.down_proj")]
+    bound = bind(tiny.weights, Recorder())
+    assert set(joined) <= set(tiny.weights.released)
+    assert not {*alone, "lm_head"} & set(tiny.weights.released)  # still used where they are mapped
+    fused = [
+        w.nbytes for name, w in tiny.weights.quantized.items() if not name.endswith(("o_proj", "down_proj", "head"))
+    ]
+    assert bound.resident_bytes == sum(fused)
+    tiny.weights.released.clear()
+    bound = bind(tiny.weights, Recorder(resident=1000))
+    assert {*joined, *alone, "lm_head"} <= set(tiny.weights.released)
+    assert bound.resident_bytes == 13 * 1000
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (4, 96)])
+def test_unit_of_two_schemes_is_refused(make_tiny, bits, group):
+    tiny = make_tiny("llama3-rope")
+    name = "model.layers.2.self_attn.k_proj"
+    tiny.weights.quantized[name] = quantize(tiny.weights.packed(name).dequantize(), bits, group)
+    with pytest.raises(DataError, match=r"model\.layers\.2\.self_attn\.\{q_proj,k_proj,v_proj\}: bits and groups"):
+        bind(tiny.weights, Recorder())
+
+
+def test_unit_that_is_quantized_in_part_is_refused(make_tiny):
+    tiny = make_tiny("llama3-rope")
+    del tiny.weights.quantized["model.layers.0.mlp.up_proj"]
+    with pytest.raises(DataError, match=r"mlp\.\{gate_proj,up_proj\}: some are quantized"):
+        bind(tiny.weights, Recorder())
