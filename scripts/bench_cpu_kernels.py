@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from lbq.formats.packing import PackedWeight, pack
-from lbq.runtime.kernels.cpu import cpu_dense, cpu_linear
+from lbq.runtime.kernels.cpu import DenseLinear, cpu_linear
 
 COLD_BYTES = 96 << 20
 LAYERS = 30
@@ -70,7 +70,7 @@ def _exact(case: Case) -> tuple[Gemm, int]:
 
 
 def _dense(case: Case) -> tuple[Gemm, int]:
-    linear = cpu_dense(case.dense.bfloat16())
+    linear = DenseLinear(case.dense.bfloat16())
     return linear, linear.resident_bytes
 
 
@@ -136,7 +136,8 @@ def _int8_planes(case: Case) -> tuple[Gemm, int]:
         second = ((x / unit - first) * 254).round()
         sums = torch._int_mm(torch.cat((first, second)).to(torch.int8), codes.t()).float()
         high, low = sums.view(2, x.shape[0], -1)
-        return (high + low / 254) * unit * scales
+        y: torch.Tensor = (high + low / 254) * unit * scales
+        return y
 
     return run, codes.nbytes
 

@@ -55,15 +55,15 @@ class NibbleBagLinear:
         self.resident_bytes = sum(codes.nbytes + scales.nbytes for codes, scales in self._shards)
 
     def _load(self, rows: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes int64 [⌈K/2⌉, columns/8], sixteen a word, and scales float32 [1, groups, columns] of one shard."""
+        """Codes int64 [⌈K/2⌉, columns/8], sixteen a word, and scales float32 [groups, columns] of one shard."""
         codes = torch.zeros(self._half, self._columns, dtype=torch.uint8)
-        scales = torch.zeros(1, rows.k // rows.group, self._columns)
+        scales = torch.zeros(rows.k // rows.group, self._columns)
         unpacked = unpack(rows.words, rows.bits, rows.k).t()  # [K, n]
         if rows.bits == 3:
             unpacked = unpacked + 4  # u − 4 == (u + 4) − 8
         codes[:, : rows.n] = unpacked[: self._half]
         codes[: self.k - self._half, : rows.n] |= unpacked[self._half :] << 4
-        scales[0, :, : rows.n] = rows.scales.t()
+        scales[:, : rows.n] = rows.scales.t()
         return codes.view(torch.int64), scales
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class NibbleBagLinear:
         """A shard of Wᵀ, float32 [K, columns], from the unpacked table."""
         tile = table.rows[: self.k, : self._columns].float()
         tile[self._half :].mul_(1 / 16)
-        tile.sub_(8).unflatten(0, (scales.shape[1], -1)).mul_(scales[0].unsqueeze(1))
+        tile.sub_(8).unflatten(0, (scales.shape[0], -1)).mul_(scales.unsqueeze(1))
         return tile
 
 
@@ -110,7 +110,7 @@ class ByteBagLinear:
         batch = max(1, BYTE_SUMS // (groups * self._columns))  # shards a call
         threads = torch.get_num_threads()
         self._batches = [
-            (table.flatten(0, 1), scales, _Bags.of(table.shape[0], self.k, weight.group, threads))
+            (table.flatten(0, 1), scales.flatten(0, 1), _Bags.of(table.shape[0], self.k, weight.group, threads))
             for table, scales in zip(self._table.split(batch), self._scales.split(batch), strict=True)
         ]
 
@@ -135,7 +135,8 @@ class _Bags:
     """Which rows of a table uint8 [shards·K, columns + 8] go into which sum: one group, or a piece of one, a bag."""
 
     shards: int
-    pieces: int
+    groups: int
+    pieces: int  # of a group
     indices: torch.Tensor  # int32 [shards·K]
     offsets: torch.Tensor  # int32 [shards·groups·pieces + 1]
 
@@ -143,7 +144,8 @@ class _Bags:
     @functools.cache
     def of(shards: int, k: int, group: int, threads: int) -> _Bags:
         """Layers of one shape share one plan."""
-        bags, pieces = shards * (k // group), 1
+        groups, pieces = k // group, 1
+        bags = shards * groups
         if bags < 2 * threads:  # cut the groups, so that every thread has bags to sum
             pieces = max(1, min(-(-4 * threads // bags), group // 16))
         with torch.inference_mode(False):
@@ -151,12 +153,13 @@ class _Bags:
             starts = starts + torch.arange(pieces, dtype=torch.int32) * group // pieces
             end = torch.tensor([shards * k], dtype=torch.int32)
             indices = torch.arange(shards * k, dtype=torch.int32)
-            return _Bags(shards, pieces, indices, torch.cat((starts.flatten(), end)))
+            return _Bags(shards, groups, pieces, indices, torch.cat((starts.flatten(), end)))
 
     def dot(self, table: torch.Tensor, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """float32 [M, shards·columns] of activations float32 [M, K] and scales float32 [shards, groups, columns]."""
-        rows = [self._dot_row(table, row, scales) for row in x.unbind(0)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        """float32 [M, shards·columns] of activations float32 [M, K] and scales float32 [shards·groups, columns]."""
+        if x.shape[0] == 1:
+            return self._dot_row(table, x[0], scales)
+        return torch.cat([self._dot_row(table, row, scales) for row in x.unbind(0)])
 
     def _dot_row(self, table: torch.Tensor, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         if self.shards > 1:
@@ -164,7 +167,10 @@ class _Bags:
         sums: torch.Tensor = byte_bags(table, self.indices, self.offsets, False, 0, False, x, None, True)
         if self.pieces > 1:
             sums = sums.view(-1, self.pieces, sums.shape[1]).sum(1)
-        return sums.view_as(scales).mul_(scales).sum(1).view(1, -1)
+        sums.mul_(scales)
+        if self.shards == 1:
+            return sums if self.groups == 1 else sums.sum(0, keepdim=True)
+        return sums.view(self.shards, self.groups, -1).sum(1).view(1, -1) if self.groups > 1 else sums.view(1, -1)
 
 
 class _Scratch:
