@@ -1,0 +1,211 @@
+"""A checkpoint through convert and load: logits against transformers, text, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lbq.formats.artifact import open_artifact
+from lbq.formats.errors import DataError, DeviceError, StorageError, UsageError
+from lbq.quantizer.convert import convert
+from lbq.runtime import load
+from lbq.runtime.binding import KernelUse
+
+CPU = {"device": "cpu"}
+PROMPT = [int(i) for i in torch.randint(0, 264, (40,), generator=torch.Generator().manual_seed(5))]
+
+
+def reference_of(checkpoint, artifact_path):
+    """transformers in float32 with the artifact's weights, dequantised to float32."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+    artifact = open_artifact(artifact_path)
+    with torch.no_grad():
+        if artifact.spec.tied is False:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # the source may be tied
+        for name, parameter in model.named_parameters():
+            module = name.removesuffix(".weight")
+            stored = artifact.packed(module).dequantize() if artifact.is_quantized(module) else artifact.dense(name)
+            parameter.copy_(stored)
+    artifact.close()
+    return model
+
+
+def kl(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """KL divergence of each row's distribution, float64."""
+    p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.fixture(scope="module", params=[(8, "row"), (4, 32), (3, 32)], ids=["int8", "int4", "int3"])
+def widths(request):
+    return request.param
+
+
+@pytest.fixture
+def converted(checkpoints, family, widths, tmp_path):
+    bits, group = widths
+    path = convert(checkpoints[family], tmp_path / "out", bits=bits, group=group, device="cpu").path
+    return path, reference_of(checkpoints[family], path)
+
+
+def test_logits_and_greedy_tokens_match_transformers(converted):
+    path, reference = converted
+    exact, default = load(path, dtype="float32", **CPU), load(path, **CPU)
+    tokens = list(PROMPT)
+    engine = default.new_engine()
+    logits, decoded = engine.prefill(PROMPT), []
+    for _ in range(30):
+        decoded.append(logits.clone())
+        tokens.append(int(logits.argmax()))
+        logits = engine.decode(tokens[-1])
+    with torch.no_grad():
+        expected = reference(torch.tensor([tokens])).logits[0]
+    got = exact.logits(tokens)
+    assert torch.cosine_similarity(got.double(), expected.double(), dim=1).min() >= 0.9999999
+    assert kl(expected, default.logits(tokens)).max() <= 1e-4
+    answers = expected[len(PROMPT) - 1 : -1]
+    assert kl(answers, torch.stack(decoded)).max() <= 1e-5
+    best = answers.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 1e-3
+    assert torch.equal(answers.argmax(1)[clear], torch.tensor(tokens[len(PROMPT) :])[clear])
+    exact.close()
+    default.close()
+
+
+@pytest.fixture(scope="module")
+def model(kept_artifact):
+    model = load(kept_artifact, **CPU)
+    yield model
+    model.close()
+
+
+def test_stream_is_generate(model):
+    stream = model.stream("hello", max_tokens=20, temperature=0.8, seed=3)
+    pieces = list(stream)
+    result = model.generate("hello", max_tokens=20, temperature=0.8, seed=3)
+    assert result.text == "".join(pieces)
+    assert result.finish.tokens == stream.finish.tokens
+    assert len(result.finish.tokens) == 20 or result.finish.reason == "eos"
+
+
+def test_streams_may_be_read_in_turn(model):
+    def whole(text):
+        return list(model.stream(text, max_tokens=12, chat=False))
+
+    alone = whole("one"), whole("two")
+    a, b = (model.stream(text, max_tokens=12, chat=False) for text in ("one", "two"))
+    together = [], []
+    for _ in range(12):
+        for pieces, stream in zip(together, (a, b), strict=True):
+            pieces.extend(piece for piece in [next(stream, None)] if piece is not None)
+    assert together == alone
+
+
+def test_engines_are_used_again_and_know_what_they_hold(model):
+    first = model.generate("the same beginning, one end", max_tokens=3, chat=False)
+    again = model.generate("the same beginning, other end", max_tokens=3, chat=False)
+    assert again.finish.reused_tokens >= len("the same beginning, o") - 1
+    assert model.generate("the same beginning, one end", max_tokens=3, chat=False).text == first.text
+    with pytest.raises(UsageError):
+        model.stream("x" * 500, chat=False)
+    assert len(model._idle) >= 1
+
+
+def test_stream_that_is_closed_gives_its_engine_back(model):
+    stream = model.stream("hello", max_tokens=20)
+    before = len(model._idle)
+    next(stream)
+    stream.close()
+    assert len(model._idle) == before + 1
+
+
+def test_prompts(model):
+    plain = model.prompt_ids("hi", chat=False)
+    chat = model.prompt_ids("hi")
+    assert len(plain) == 2
+    assert model.prompt_ids([{"role": "user", "content": "hi"}]) == chat
+    assert chat[0] == model.tokenizer.token_id("<|im_start|>")
+    with pytest.raises(UsageError, match="continued"):
+        model.prompt_ids([{"role": "user", "content": "hi"}], chat=False)
+    for chat_or_not in (True, False):
+        with pytest.raises(UsageError, match=r"think|switch"):
+            model.prompt_ids("hi", chat=chat_or_not, think=True)
+
+
+def test_options_are_the_models_unless_said(model):
+    assert model.options().sampling == model.defaults.sampling
+    changed = model.options(temperature=0.5, max_tokens=3, stop=["x"])
+    assert (changed.sampling.temperature, changed.max_tokens, changed.stop) == (0.5, 3, ("x",))
+    with pytest.raises(UsageError, match="unknown settings: heat"):
+        model.options(heat=1)
+
+
+def test_chat_goes_on(model):
+    session = model.chat(system="be brief", max_tokens=4)
+    for word in ("one", "two"):
+        list(session.reply(word))
+    assert [turn.role for turn in session.history] == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_weights_held(model, kept_artifact):
+    with open_artifact(kept_artifact) as artifact:
+        assert 0 < model.resident_bytes < 2 * artifact.weight_bytes
+
+
+def test_strict_names_the_first_fallback(kept_artifact, monkeypatch):
+    load(kept_artifact, strict=True, **CPU).close()
+    slow = [KernelUse("lm_head", "a slow kernel", "it is Monday", 1)]
+    monkeypatch.setattr("lbq.runtime.model.Model.kernels", lambda _: slow)
+    with pytest.raises(DeviceError, match="lm_head: a slow kernel, because it is Monday"):
+        load(kept_artifact, strict=True, **CPU)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"context": 0}, {"context": 129}, {"threads": 0}, {"dtype": "float16"}, {"device": "tpu"}]
+)
+def test_arguments_that_make_no_sense(kept_artifact, arguments):
+    with pytest.raises(UsageError, match=str(next(iter(arguments.values())))):
+        load(kept_artifact, **{**CPU, **arguments})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(kept_artifact):
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        load(kept_artifact, device="cuda")
+    assert load(kept_artifact, device="auto").device.type == "cpu"
+
+
+def test_folders_that_are_no_artifact(tmp_path):
+    with pytest.raises(StorageError):
+        load(tmp_path / "nothing")
+    with pytest.raises(DataError):
+        load(tmp_path)
+
+
+def test_tokenizer_of_another_model(artifact, reseal):
+    path = artifact / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["far away"] = 264
+    path.write_text(json.dumps(content))
+    reseal(artifact)
+    with pytest.raises(DataError, match="264 embedding rows"):
+        load(artifact, **CPU)
+
+
+def test_runtime_needs_neither_quantizer_nor_transformers(kept_artifact):
+    code = f"""
+import sys
+import lbq.runtime
+assert "torch" not in sys.modules, "importing the package loads torch"
+model = lbq.runtime.load({str(kept_artifact)!r}, device="cpu")
+model.generate("hi", max_tokens=2)
+absent = ("transformers", "auto_round", "compressed_tensors", "huggingface_hub", "lbq.quantizer")
+print([name for name in absent if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
