@@ -26,6 +26,7 @@ from lbq.formats.packing import PackedWeight, packed_words
 from lbq.runtime.kernels import dense, dequant, gemv
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile
 from lbq.runtime.kernels.gemv.reference import gemv as float64_product
+from lbq.runtime.kernels.gemv.tiles import codes_a_column
 
 TESTS = Path(__file__).parents[1] / "tests/runtime/kernels"
 SHAPES = {  # N, K: q/k/v fused, o, gate/up fused, down, head
@@ -45,7 +46,8 @@ SHAPES = {  # N, K: q/k/v fused, o, gate/up fused, down, head
     "0.6B down": (1024, 3072),
 }
 GROUPS = {8: None, 4: 256, 3: 256}  # None: one scale a row
-TILES = [Tile(rows, warps) for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8)]
+WIDE = [Tile(rows, 128 * warps, warps) for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8)]
+NARROW = [Tile(r, c, w) for r in (4, 8, 16, 32) for c, w in ((32, 2), (32, 4), (64, 4), (64, 8), (128, 8))]
 ROTATED_BYTES = 400_000_000  # several times the largest L2
 
 
@@ -208,9 +210,14 @@ def _compile(job: tuple[int, int, Tile]) -> None:
 
 
 def _tiles(k: int, bits: int) -> list[Tile]:
-    """Tiles that idle under three quarters of their threads, and whose unrolled steps stay few."""
-    columns = -(-k * bits // (96 if bits == 3 else 32))
-    return [t for t in TILES if t.columns < 4 * columns and t.rows * -(-columns // t.columns) <= 32]
+    """Tiles that idle under half of their threads, and whose unrolled steps stay few."""
+    columns = -(-k // codes_a_column(bits))
+    tiles = [t for t in WIDE + NARROW if t.columns < 2 * columns or t.columns == 32]
+    return [t for t in tiles if t.rows * t.columns // (32 * t.warps) * -(-columns // t.columns) <= 128]
+
+
+def label(tile: Tile) -> str:
+    return f"{tile.rows}×{tile.columns}/{tile.warps}"
 
 
 def tune(copy: float) -> None:
@@ -219,18 +226,17 @@ def tune(copy: float) -> None:
     with multiprocessing.get_context("spawn").Pool(min(12, os.cpu_count() or 1)) as pool:
         pool.map(_compile, sorted(jobs, key=str), chunksize=4)
     sms = gemv.sm_count(torch.device("cuda", torch.cuda.current_device()))
-    print("\n| shape | bits | best three rows×warps | rule |\n|---|---|---|---|")
+    print("\n| shape | bits | best four: rows×columns/warps | rule |\n|---|---|---|---|")
     for name, (n, k) in SHAPES.items():
         for bits in GROUPS:
             packed = Packed.make(n, k, bits)
             share = packed.weights[0].nbytes / copy
-            times = sorted((packed.seconds(tile, 5), tile.rows, tile.warps) for tile in _tiles(k, bits))
-            best = ", ".join(f"{r}×{w} {t * 1e6:.2f} µs {share / t:.0%}" for t, r, w in times[:3])
+            times = sorted((packed.seconds(tile, 5), str(i), tile) for i, tile in enumerate(_tiles(k, bits)))
+            best = ", ".join(f"{label(tile)} {t * 1e6:.2f} µs {share / t:.0%}" for t, _, tile in times[:4])
             rule = gemv.tile(n, k, bits, sms)
             seconds = packed.seconds(rule, 5)
             print(
-                f"| {name} {n}×{k} | {bits} | {best} | {rule.rows}×{rule.warps} {seconds * 1e6:.2f} µs "
-                f"{share / seconds:.0%} |",
+                f"| {name} {n}×{k} | {bits} | {best} | {label(rule)} {seconds * 1e6:.2f} µs {share / seconds:.0%} |",
                 flush=True,
             )
             del packed

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-COLUMNS_A_WARP = 128  # 16 bytes a thread: see the layout note in gemv/triton.py
-
 
 @dataclass(frozen=True)
 class Tile:
-    """``rows`` outputs a program (a power of two) and ``warps`` warps; K is walked 128·warps columns at a time."""
+    """A program's share: ``rows`` outputs, and K ``columns`` at a time, on ``warps`` warps; all powers of two.
+
+    Two kinds keep every value in its thread up to the last sum. Either the tile is as wide as its warps read at 16
+    bytes a thread (128 columns a warp), or it is so narrow that threads outnumber the columns, and Triton gives each
+    thread its own copy of the activations instead of passing them through shared memory.
+    """
 
     rows: int
+    columns: int
     warps: int
 
     def __post_init__(self) -> None:
-        assert self.rows in (1, 2, 4, 8, 16)
+        assert self.rows in (1, 2, 4, 8, 16, 32)
         assert self.warps in (1, 2, 4, 8)
-
-    @property
-    def columns(self) -> int:
-        return COLUMNS_A_WARP * self.warps
+        assert self.columns == 128 * self.warps or self.columns in (32, 64, 128)
+        assert self.columns == 128 * self.warps or self.columns < 32 * self.warps
 
 
 def codes_a_column(bits: int) -> int:
@@ -31,14 +33,19 @@ def codes_a_column(bits: int) -> int:
 def tile(n: int, k: int, bits: int, sm_count: int) -> Tile:
     """The tile for W [n, k] on a GPU of ``sm_count`` multiprocessors.
 
-    Enough warps to take the whole row in one step, up to four; four rows a program, fewer where that would leave the
-    GPU with under four programs a multiprocessor.
+    As many warps as take the whole row in one step, up to four; short rows get a narrow tile of more rows. Fewer rows
+    a program where the GPU would be left with under four programs a multiprocessor.
     """
     columns = -(-k // codes_a_column(bits))
-    warps = 1
-    while warps < 4 and warps * COLUMNS_A_WARP < columns:
-        warps *= 2
-    rows = 4
+    if columns <= 32:
+        rows, width, warps = 16, 32, 2
+    elif columns <= 64:
+        rows, width, warps = 16, 64, 4
+    else:
+        rows, warps = 4, 1
+        while warps < 4 and 128 * warps < columns:
+            warps *= 2
+        width = 128 * warps
     while rows > 1 and n < 4 * sm_count * rows:
         rows //= 2
-    return Tile(rows, warps)
+    return Tile(rows, width, warps)

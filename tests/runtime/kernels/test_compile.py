@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(gemv.INTERPRETED, reason="the interpreter compil
 CAPABILITIES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = 99 * 1024  # of one program on sm_86, 89 and 120
 SM_COUNT = 132
-# N, K of an 8B model's projections, and one small model's
-SHAPES = [(4096, 4096), (28672, 4096), (4096, 14336), (576, 576)]
+# N, K of the projections of an 8B, a 0.6B and a 135M model
+SHAPES = [(28672, 4096), (4096, 14336), (12288, 2048), (6144, 1024), (576, 576)]
 VECTOR = ".v4.b32"
 
 

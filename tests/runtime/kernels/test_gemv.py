@@ -21,8 +21,10 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 WIDTHS = (192, 576, 896, 1009, 1536, 4096, 4304, 4864, 14336)  # 1009 is prime; 32 does not divide 4304
 # Triton's interpreter cuts float32 to bfloat16, a GPU rounds.
 BOUND = {torch.float32: 2e-4, torch.float16: 5e-4, torch.bfloat16: 5e-3 if INTERPRETED else 2.5e-3}
+WIDE = [(128, 1), (256, 2), (512, 4), (1024, 8)]  # columns and warps
+NARROW = [(32, 2), (32, 4), (64, 4), (64, 8), (128, 8)]
 # Few programs for the interpreter, which runs them one by one; elsewhere the rule's own tile.
-TILE = Tile(8, 4) if INTERPRETED else None
+TILE = Tile(8, 512, 4) if INTERPRETED else None
 
 Weights = Callable[..., PackedWeight]
 Error = Callable[[torch.Tensor, torch.Tensor], float]
@@ -104,13 +106,15 @@ def test_tokens_do_not_see_each_other(bits: int, m: int, random_weight: Weights)
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("rows", [1, 8] if INTERPRETED else [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("warps", [1, 8] if INTERPRETED else [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 8] if INTERPRETED else [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize(("columns", "warps"), [(32, 2), (1024, 8)] if INTERPRETED else WIDE + NARROW)
 @pytest.mark.usefixtures("poisoned")
-def test_every_tile(bits: int, rows: int, warps: int, random_weight: Weights, relative_error: Error) -> None:
+def test_every_tile(
+    bits: int, rows: int, columns: int, warps: int, random_weight: Weights, relative_error: Error
+) -> None:
     weight = random_weight(5, 1536, bits, 256, DEVICE)
     x = _activations(1, 1536)
-    y = gemv.gemv(gemv.quantize(x, bits), gemv.arrange(weight), tile=Tile(rows, warps))
+    y = gemv.gemv(gemv.quantize(x, bits), gemv.arrange(weight), tile=Tile(rows, columns, warps))
     assert relative_error(y, reference.gemv(x, weight)) <= BOUND[torch.float32]
 
 
