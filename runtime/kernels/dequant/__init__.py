@@ -2,7 +2,9 @@
 
 Default: float16 on tensor cores with float32 sums and results. Weights are scaled to [−1, 1] a row and activations to
 [−2^14, 2^14] a token before they are rounded, so that float16's range never matters and its 11 bits are what is lost:
-about 2.5e-4 of ‖y‖. (BF16 has 8 bits; TF32 has as many bits as float16 at half its rate, and is a global switch.)
+about 2.3e-4 of ‖y‖. (BF16 has 8 bits; TF32 has as many bits as float16 at half its rate, and is a global switch.) KL of
+SmolLM2-135M's logits to float32 on the same weights, emulated on a CPU over 320 tokens: 4e-6 at INT8, 1.4e-5 at INT4
+g64, 1.8e-5 at INT3 g64 on average.
 
 Exact: weights in float32, which holds them exactly, multiplied in float64; independent of every global switch.
 """

@@ -71,4 +71,6 @@ def test_in_a_cuda_graph(bits: int, m: int, random_weight: Weights) -> None:
         expected = dense(layer(x))
         y.fill_(float("nan"))
         graph.replay()
-        assert torch.equal(y, expected)
+        # torch's matmul may choose another kernel in a graph; ours may not
+        tolerance = 0.0 if m == 1 else 1e-5
+        torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
