@@ -29,6 +29,7 @@ from lbq.runtime.kernels.gemv.reference import gemv as float64_product
 from lbq.runtime.kernels.gemv.tiles import codes_a_column
 
 TESTS = Path(__file__).parents[1] / "tests/runtime/kernels"
+TEST_FILES = [str(TESTS / f"test_{name}.py") for name in ("gemv", "dequant", "dense", "cuda_linear")]
 SHAPES = {  # N, K: q/k/v fused, o, gate/up fused, down, head
     "8B qkv": (6144, 4096),
     "8B o": (4096, 4096),
@@ -251,7 +252,7 @@ def main() -> int:
     failed = 0
     if not arguments.no_tests:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
-        failed = subprocess.run([*command, "--maxfail=8", f"--confcutdir={TESTS}", str(TESTS)]).returncode
+        failed = subprocess.run([*command, "--maxfail=8", f"--confcutdir={TESTS}", *TEST_FILES]).returncode
     copy = copy_bandwidth()
     print(f"\n{torch.cuda.get_device_name()}: copy {copy / 1e12:.3f} TB/s, torch {torch.__version__}, ", end="")
     print(f"Triton {triton.__version__}, weights rotate over {ROTATED_BYTES / 1e6:.0f} MB", flush=True)

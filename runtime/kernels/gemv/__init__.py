@@ -1,9 +1,10 @@
 """y = W·x + bias for one or a few tokens on packed weights, on a CUDA device.
 
-Two launches: ``quantize`` turns the activations into two int8 planes, ``gemv`` multiplies. An activation keeps its value
-to within max|x| / 64516 of its block of 32 (about 16 bits); products and sums under one scale are exact integers, the
-rest is added in float32. Against float64: 2e-5 of ‖y‖ for Gaussian activations. KL of SmolLM2-135M's logits to float32
-activations on the same INT8, INT4 and INT3 weights, emulated on a CPU: 4e-7 on average over 320 tokens, 6e-6 at most.
+Two launches: ``quantize`` turns the activations into two int8 planes, ``gemv`` multiplies. An activation keeps its
+value to within max|x| / 64516 of its block of 32 (about 16 bits); products and sums under one scale are exact integers,
+the rest is added in float32. Against float64: 2e-5 of ‖y‖ for Gaussian activations. KL of SmolLM2-135M's logits to
+float32 activations on the same INT8, INT4 and INT3 weights, emulated on a CPU: 4e-7 on average over 320 tokens, 6e-6 at
+most.
 """
 
 from __future__ import annotations
