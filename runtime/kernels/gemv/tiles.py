@@ -33,8 +33,9 @@ def codes_a_column(bits: int) -> int:
 def tile(n: int, k: int, bits: int, sm_count: int) -> Tile:
     """The tile for W [n, k] on a GPU of ``sm_count`` multiprocessors.
 
-    As many warps as take the whole row in one step, up to four; short rows get a narrow tile of more rows. Fewer rows
-    a program where the GPU would be left with under four programs a multiprocessor.
+    Two rows and one warp a program, which on an H200 is the best or within 5% of it wherever N gives every
+    multiprocessor work (``scripts/gpu_check.py --tune``, docs/gpu-kernels.md); more warps where N does not, and for
+    rows so long that their steps, all unrolled, would be many. Short rows get a narrow tile of more rows.
     """
     columns = -(-k // codes_a_column(bits))
     if columns <= 32:
@@ -42,8 +43,8 @@ def tile(n: int, k: int, bits: int, sm_count: int) -> Tile:
     elif columns <= 64:
         rows, width, warps = 16, 64, 4
     else:
-        rows, warps = 4, 1
-        while warps < 4 and 128 * warps < columns:
+        rows, warps = 2, 1
+        while warps < 4 and 128 * warps < columns and (n < 32 * sm_count * warps or columns > 2048 * warps):
             warps *= 2
         width = 128 * warps
     while rows > 1 and n < 4 * sm_count * rows:
