@@ -33,7 +33,10 @@ class Override:
         if found is None:
             raise UsageError(f"--set {text}: expected PATTERN=BITS or PATTERN=BITS:GROUP, such as down_proj=8")
         pattern, bits, group = found.groups()
-        return Override(pattern, scheme(int(bits), group), text)
+        try:
+            return Override(pattern, scheme(int(bits), group), text)
+        except UsageError as error:
+            raise UsageError(f"--set {text}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,13 @@ def _attention(family: Family, config: Config, window: int | None, path: Path) -
     kv_heads = config.num_key_value_heads or (heads if family.kv_heads_optional else None)
     if kv_heads is None:
         raise DataError(f"{path}: num_key_value_heads is missing")
-    head_dim = config.head_dim or family.default_head_dim or hidden // heads
+    head_dim = config.head_dim or family.default_head_dim
+    if head_dim is None:
+        if hidden % heads:
+            raise DataError(
+                f"{path}: hidden_size {hidden} is not a multiple of {heads} heads, and there is no head_dim"
+            )
+        head_dim = hidden // heads
     qkv_bias = config.attention_bias if family.qkv_bias is None else family.qkv_bias
     out_bias = config.attention_bias if family.out_bias is None else family.out_bias
     name = LAYER + "self_attn."
