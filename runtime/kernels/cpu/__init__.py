@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 
 from lbq.formats.packing import PackedWeight
-from lbq.runtime.kernels.cpu.bags import ByteBagLinear, NibbleBagLinear
 from lbq.runtime.kernels.cpu.dense import DenseLinear
 from lbq.runtime.kernels.cpu.fbgemm import missing_fbgemm
+from lbq.runtime.kernels.cpu.int4 import NibbleBagLinear
+from lbq.runtime.kernels.cpu.int8 import ByteBagLinear
 from lbq.runtime.kernels.cpu.mapped import MappedLinear, check_bias
 from lbq.runtime.kernels.linear import Linear
 

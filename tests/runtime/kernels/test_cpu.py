@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbq.formats.packing import GROUPS, PackedWeight, pack
 from lbq.runtime.kernels import cpu
-from lbq.runtime.kernels.cpu import DenseLinear, bags, cpu_linear, dense, mapped
+from lbq.runtime.kernels.cpu import DenseLinear, bags, cpu_linear, dense, int4, int8, mapped
 
 WIDTHS = (192, 576, 896, 1009, 1536, 4096, 4304, 4864, 14336)
 # The contract is 2e-4; float32 sums do far better, and a kernel that rounds to 16 bits would not pass.
@@ -98,24 +98,42 @@ def test_smallest_and_odd_shapes(n: int, k: int, group: int, bits: int) -> None:
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("m", [1, 20])
 def test_several_shards(monkeypatch: pytest.MonkeyPatch, bits: int, m: int) -> None:
-    monkeypatch.setattr(bags, "SCRATCH_BYTES", 1)
-    monkeypatch.setattr(bags, "NARROWEST", 48)
-    monkeypatch.setattr(bags, "BYTE_COLUMNS", 32)
-    monkeypatch.setattr(bags, "BYTE_SUMS", 700)
-    weight = make_weight(205, 192, bits, 64)
-    bias = torch.randn(205)
+    monkeypatch.setattr(int4, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(int4, "NARROWEST", 48)
+    monkeypatch.setattr(int8, "COLUMNS", 32)
+    monkeypatch.setattr(int8, "SUMS", 700)
+    weight = make_weight(305, 192, bits, 64)
+    bias = torch.randn(305)
     x = make_input(m, 192)
     check(cpu_linear(weight, bias)(x), x, weight.dequantize(torch.float64), bias)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [2, 3, 16])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_any_number_of_threads(bits: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    for k, group in ((576, 64), (1536, 512), (1009, 1009)):  # enough bags, too few, one
+    for k, group in ((576, 64), (1536, 512), (1009, 1009), (3, 3)):  # enough bags, too few, one
         weight = make_weight(96, k, bits, group)
-        x = make_input(1, k)
-        check(cpu_linear(weight)(x), x, weight.dequantize(torch.float64))
+        torch.set_num_threads(threads)
+        linear = cpu_linear(weight)
+        torch.set_num_threads(2)
+        assert k < 64 or linear.resident_bytes <= 1.15 * weight.nbytes
+        for m in (1, bags.ROWS_BY_BAGS + 1):
+            x = make_input(m, k)
+            check(linear(x), x, weight.dequantize(torch.float64))
+
+
+@pytest.mark.parametrize("k", [1, 3, 32, 576, 1009, 4864])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
+def test_bags_end_where_a_threads_rows_end(k: int, threads: int) -> None:
+    for group in groups_of(k):
+        plan = bags.aligned_bags(k, group, threads)
+        offsets, owners = plan.offsets.tolist(), plan.group_of.tolist()
+        assert len(owners) % threads == 0
+        each = len(owners) // threads
+        table = k + k % 2
+        assert offsets[::each] == [min(k, round(table * t / threads)) for t in range(threads + 1)]
+        covered = [(row, owners[b]) for b in range(len(owners)) for row in range(offsets[b], offsets[b + 1])]
+        assert covered == [(row, row // group) for row in range(k)]
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -172,8 +190,8 @@ def test_no_matrix_becomes_float32_as_a_whole(bits: int, exact: bool) -> None:
         linear = cpu_linear(weight, exact=exact)
     with Largest() as called:
         linear(make_input(1, 1024))
-    assert built.bytes <= max(linear.resident_bytes, bags.SCRATCH_BYTES)
-    assert called.bytes <= max(linear.resident_bytes if bits == 8 else 0, 2 * bags.SCRATCH_BYTES)
+    assert built.bytes <= max(linear.resident_bytes, int4.SCRATCH_BYTES)
+    assert called.bytes <= max(linear.resident_bytes if bits == 8 else 0, 2 * int4.SCRATCH_BYTES)
 
 
 def test_no_dense_matrix_becomes_float32_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

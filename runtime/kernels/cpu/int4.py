@@ -1,0 +1,125 @@
+"""INT4 and INT3 by bags of bytes: codes stay packed, two a byte, and are spread over a scratch table before use."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from lbq.formats.packing import PackedWeight, unpack
+from lbq.runtime.kernels.cpu.bags import (
+    HEADER,
+    ROWS_BY_BAGS,
+    Bags,
+    aligned_bags,
+    even_bags,
+    finish,
+    header,
+    split_columns,
+)
+from lbq.runtime.kernels.cpu.mapped import check_input
+
+SCRATCH_BYTES = 2 << 20  # codes unpacked at a time for each thread: more falls out of the cache, less is more calls
+NARROWEST = 512  # columns of a scratch table, if N has them: below, the per-row work of a bag shows
+MOST_MEMORY = 1.14  # of the stored bytes, so that padding stays below 1.15
+
+
+class NibbleBagLinear:
+    """INT4 and INT3: two codes a byte in memory, shards of [⌈K/2⌉, columns]; INT3 codes are widened to four bits.
+
+    The low nibbles of a shard hold codes of the first half of K, the high nibbles those of the second, so that the
+    unpacked table is in the order of K. Bags are laid out for the number of threads at construction.
+    """
+
+    fallback: str | None = None
+
+    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None) -> None:
+        assert weight.bits in (3, 4)
+        self.n, self.k, self._group, self._bias = weight.n, weight.k, weight.group, bias
+        self.kernel = f"FBGEMM byte bags, INT{weight.bits} unpacked by tiles (CPU)"
+        threads = torch.get_num_threads()
+        self._half = -(-self.k // 2)
+        self._bags = _choose_bags(self.k, weight.group, threads)
+        shards, self._columns = split_columns(self.n, max(NARROWEST, SCRATCH_BYTES * threads // self.k))
+        with torch.inference_mode(False):
+            self._shards = [
+                self._load(weight.rows(s * self._columns, min(self.n, (s + 1) * self._columns))) for s in range(shards)
+            ]
+        self.resident_bytes = sum(codes.nbytes + scales.nbytes for codes, scales in self._shards)
+
+    def _load(self, rows: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes uint8 [⌈K/2⌉, columns], two a byte, and scales float32 [bags, columns] of one shard."""
+        codes = torch.zeros(self._half, self._columns, dtype=torch.uint8)
+        scales = torch.zeros(self._bags.bags, self._columns)
+        unpacked = unpack(rows.words, rows.bits, rows.k).t()  # [K, n]
+        if rows.bits == 3:
+            unpacked = unpacked + 4  # u − 4 == (u + 4) − 8
+        codes[:, : rows.n] = unpacked[: self._half]
+        codes[: self.k - self._half, : rows.n] |= unpacked[self._half :] << 4
+        scales[:, : rows.n] = rows.scales.t()[self._bags.group_of]
+        return codes, scales
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [M, K] → float32 [M, N]."""
+        check_input(x, self.k)
+        table = _scratch(self._half, self._columns)
+        parts = []
+        for codes, scales in self._shards:
+            table.unpack(codes)
+            if x.shape[0] <= ROWS_BY_BAGS:
+                parts.append(self._bags.dot(table.rows, x, scales))
+            else:
+                parts.append(x @ self._dequantize(table, scales))
+        return finish(parts, self.n, self._bias)
+
+    def _dequantize(self, table: _Scratch, scales: torch.Tensor) -> torch.Tensor:
+        """A shard of Wᵀ, float32 [K, columns], from the unpacked table."""
+        tile = table.rows[: self.k, : self._columns].float()
+        tile[self._half :].mul_(1 / 16)
+        groups = torch.arange(self.k // self._group)
+        scales = scales[torch.searchsorted(self._bags.group_of, groups)]
+        tile.sub_(8).view(len(groups), self._group, -1).mul_(scales.unsqueeze(1))
+        return tile
+
+
+def _choose_bags(k: int, group: int, threads: int) -> Bags:
+    """Aligned bags, unless repeating scales for so many threads would take too much memory."""
+    aligned = aligned_bags(k, group, threads)
+    fits = k / 2 + 4 * aligned.bags <= MOST_MEMORY * (k / 2 + 2 * (k // group))
+    return aligned if fits else even_bags(1, k, group, threads)
+
+
+class _Scratch:
+    """A table of bytes, [2·half, columns + 8], that packed codes are spread over: low nibbles, then high ones.
+
+    High nibbles stay where they are in their byte: the factor of their rows is 1/16.
+    """
+
+    def __init__(self, half: int, columns: int) -> None:
+        with torch.inference_mode(False):
+            self.rows = torch.zeros(2 * half, columns + HEADER, dtype=torch.uint8)
+            self.rows[:half, columns:] = header(1.0, -8.0)
+            self.rows[half:, columns:] = header(1 / 16, -8.0)
+            self._codes = self.rows.view(2, half, -1)[:, :, :columns]
+            self._masks = torch.tensor([0x0F, 0xF0], dtype=torch.uint8).view(2, 1, 1)
+
+    def unpack(self, packed: torch.Tensor) -> None:
+        """Spread uint8 [half, columns], two codes a byte. Every thread writes an equal run of rows."""
+        torch.bitwise_and(packed, self._masks, out=self._codes)
+
+
+class _ScratchPool(threading.local):
+    """One table a shape and thread, shared by all linears: they run one after another."""
+
+    def __init__(self) -> None:
+        self.tables: dict[tuple[int, int], _Scratch] = {}
+
+
+_pool = _ScratchPool()
+
+
+def _scratch(half: int, columns: int) -> _Scratch:
+    table = _pool.tables.get((half, columns))
+    if table is None:
+        table = _pool.tables[half, columns] = _Scratch(half, columns)
+    return table
