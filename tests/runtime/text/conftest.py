@@ -32,7 +32,7 @@ def byte_level() -> tokenizers.Tokenizer:
         vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(CORPUS, trainer)
-    made.add_tokens([AddedToken("<think>", special=False, normalized=False), AddedToken("<é你>", normalized=False)])
+    made.add_tokens([AddedToken("<think>", special=False, normalized=False), AddedToken("<é>", normalized=False)])
     return made
 
 

@@ -245,10 +245,11 @@ def test_an_interrupted_rendering_does_not_answer_the_next(make: Make, monkeypat
     from lbq.runtime.text import chat
 
     template = make("{{ messages[0].content }}")
-    exchange = chat._exchange
 
-    def interrupted(*args: object) -> bytes | None:
-        exchange(*args)  # type: ignore[arg-type]
+    def interrupted(process: subprocess.Popen[bytes], request: bytes, _: int) -> bytes | None:
+        assert process.stdin is not None
+        process.stdin.write(len(request).to_bytes(4, "little") + request)
+        process.stdin.flush()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

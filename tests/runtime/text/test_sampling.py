@@ -76,6 +76,14 @@ def test_the_distribution_is_what_is_drawn() -> None:
     assert (drawn - want).abs().max() < 0.015  # four standard deviations
 
 
+def test_a_token_without_probability_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
+    sampler = Sampler(SamplingOptions(temperature=1.0), [])
+    for uniform, token in ((0.0, 1), (0.5, 3), (1 - 2**-53, 3)):
+        monkeypatch.setattr(sampler, "_uniform", lambda uniform=uniform: uniform)
+        assert sampler.choose(logits) == token
+
+
 def test_a_seed_decides() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
     kept = logits.clone()

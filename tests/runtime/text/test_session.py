@@ -90,6 +90,14 @@ def test_the_prompt_is_the_template_and_nothing_more(chats: Chats) -> None:
     assert ids.count(chats.tokenizer.token_id("<|im_start|>")) == 3
 
 
+def test_a_tokenizer_that_adds_bos_does_not_add_a_second(sentencepiece_folder: Path, scripted: Scripted) -> None:
+    tokenizer = Tokenizer.load(sentencepiece_folder)
+    template = ChatTemplate("{{ bos_token }}{{ messages[0].content }}", tokenizer.special_tokens, "here")
+    session = ChatSession(scripted([]), tokenizer, template, GenerationOptions(), ())
+    assert session.prompt_ids("a").count(1) == 1
+    template.close()
+
+
 def test_reset_keeps_the_system_prompt_and_its_state(chats: Chats) -> None:
     session = chats.session("one", "two", system="Be brief")
     say(session, "Hi")
@@ -179,6 +187,23 @@ def test_a_failed_step_leaves_the_history_and_the_state_right(chats: Chats) -> N
     prompt = session.prompt_ids("Hi")
     _, finish = say(session, "Hi")
     assert finish.reused_tokens == len(prompt) - 1
+    assert chats.engine.ids[: len(prompt)] == prompt
+
+
+def test_a_prompt_left_half_way_is_forgotten(chats: Chats) -> None:
+    session = chats.session("fine")
+    real = chats.engine.prefill
+
+    def failing(ids: list[int]) -> Any:
+        chats.engine.ids.extend(ids[:3])
+        raise RuntimeError("out of memory")
+
+    chats.engine.prefill = failing
+    with pytest.raises(RuntimeError):
+        say(session, "Hi")
+    chats.engine.prefill = real
+    prompt = session.prompt_ids("Hi")
+    say(session, "Hi")
     assert chats.engine.ids[: len(prompt)] == prompt
 
 

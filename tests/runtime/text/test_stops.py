@@ -42,6 +42,14 @@ def test_the_same_cut_for_all_borders(pieces: list[str], stops: tuple[str, ...])
     assert shown == text[:cut]
 
 
+def test_the_stop_that_is_complete_first_counts() -> None:
+    for pieces in (["xabb"], ["x", "a", "b", "b"]):
+        stream = StopStrings(("abb", "b"))
+        assert "".join(map(stream.push, pieces)) == "xa"
+    stream = StopStrings(("b", "ab"))
+    assert stream.push("xab") == "x"
+
+
 def test_across_pieces() -> None:
     stream = StopStrings(("</end>",))
     assert [stream.push(piece) for piece in ("a<", "/", "x", "b</en", "d> tail", "more")] == [

@@ -72,7 +72,7 @@ def test_stream_equals_decode_on_text(folder: Path, data: st.DataObject) -> None
 @settings(deadline=None, max_examples=200)
 def test_any_ids_stream_as_the_library_decodes(data: st.DataObject, byte_level_folder: Path) -> None:
     ours = loaded(byte_level_folder)
-    literal = ours.token_id("<é你>")  # the library takes its é for a byte: see the test below
+    literal = ours.token_id("<é>")  # the library takes its é for a byte: see the test below
     ids = data.draw(st.lists(st.integers(0, ours.size + 5).filter(lambda i: i != literal), max_size=20))
     whole = ours._backend.decode(ids, skip_special_tokens=True)
     got = ours.decode(ids)
@@ -105,8 +105,8 @@ def test_bad_bytes_do_not_spoil_the_characters_before_them(sentencepiece_folder:
 
 def test_added_tokens_are_literal_text(byte_level_folder: Path) -> None:
     ours = Tokenizer.load(byte_level_folder)
-    ids = ours.encode("<é你> <think>", add_special_tokens=False)
-    assert ours.decode(ids) == "<é你> <think>"
+    ids = ours.encode("<é> <think>", add_special_tokens=False)
+    assert ours.decode(ids) == "<é> <think>"
 
 
 def test_leading_space_is_kept_only_when_text_continues(sentencepiece_folder: Path) -> None:
@@ -121,12 +121,13 @@ def test_leading_space_is_kept_only_when_text_continues(sentencepiece_folder: Pa
 def test_metaspace_decoder(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"▁▁a▁b": 0, "▁c": 1}, unk_token="▁c"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.add_special_tokens(["<s>"])
     for scheme in ("always", "never"):
         backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
         backend.save(str(tmp_path / "tokenizer.json"))
         ours = Tokenizer.load(tmp_path)
-        for ids in ([0, 1, 0], [1, 1]):
-            assert ours.decode(ids) == backend.decode(ids)
+        for ids in ([0, 1, 0], [1, 1], [2, 1], [2, 0, 2, 0]):
+            assert ours.decode(ids) == backend.decode(ids, skip_special_tokens=True)
 
 
 def test_tokens_declared_in_the_config_only(tmp_path: Path, byte_level_folder: Path) -> None:
