@@ -38,7 +38,7 @@ class Size(click.ParamType[int]):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
         if not found or found[2].upper() not in _UNITS:
             self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
         return int(Decimal(found[1]) * _UNITS[found[2].upper()])
