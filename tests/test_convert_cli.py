@@ -1,0 +1,326 @@
+"""`lbq convert`, `inspect` and `verify` where all is well: what they print, where, and in which form."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from lbq.cli import cli
+from lbq.cli.display import Size, plain, size
+from lbq.formats.manifest import read_manifest
+from lbq.formats.report import Report
+
+Lbq = Callable[..., Any]
+
+
+def test_help(lbq: Lbq) -> None:
+    done = lbq("--help")
+    assert (done.code, done.err) == (0, "")
+    assert all(name in done.out for name in cli.commands)
+    assert set(cli.commands) >= {"convert", "inspect", "verify", "run"}
+    for code in (
+        "0 done",
+        "2 usage",
+        "3 bad data",
+        "4 input/output",
+        "5 busy",
+        "6 the Hub",
+        "7 the device",
+        "130",
+        "143",
+    ):
+        assert code in done.out
+    for name, command in cli.commands.items():
+        done = lbq(name, "-h")
+        assert (done.code, done.err) == (0, "")
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.opts[-1] in done.out
+        assert command.help is not None
+        assert command.help.strip()
+
+
+def test_every_option_of_convert_is_explained() -> None:
+    for parameter in cli.commands["convert"].params:
+        if isinstance(parameter, click.Option) and parameter.name != "max_shard_bytes":
+            assert parameter.help or isinstance(parameter.type, click.Choice), parameter.name
+
+
+def test_version(lbq: Lbq) -> None:
+    import lbq as package
+
+    assert lbq("--version").out == f"lbq {package.__version__}\n"
+
+
+def test_no_command(lbq: Lbq) -> None:
+    assert lbq().code == 2
+    assert lbq("frobnicate").error == "No such command 'frobnicate'."
+
+
+def test_convert(checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = lbq("convert", checkpoints["llama"], "--gs", "32")
+    assert (done.code, done.err) == (0, "")  # no progress where nobody watches
+    target = Path("llama-int4-g32")
+    assert os.listdir() == [str(target)]
+    report = json.loads((target / "report.json").read_text())["modules"]
+    worst = sorted(report, key=lambda module: module["cosine"])[:10]
+    listed = [line.split()[0] for line in done.out.splitlines() if line.startswith(("model.", "lm_head"))]
+    assert listed == [module["name"] for module in worst]
+    assert done.out.endswith(f"Run it: lbq run {target}\n")
+    assert f"{read_manifest(target).summary.cosine:.5f}" in done.out
+    assert "\x1b" not in done.out
+
+
+def test_convert_json(checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path) -> None:
+    done = lbq("convert", checkpoints["llama"], "--gs", "64", "--out", tmp_path / "out", "--json")
+    assert done.code == 0
+    result = json.loads(done.out)
+    manifest = read_manifest(tmp_path / "out")
+    assert set(result) == {"path", "bytes", "summary", "notes"}
+    assert result["path"] == str(tmp_path / "out")
+    assert result["bytes"] == sum(entry.size for entry in manifest.files.values())
+    assert (
+        result["notes"]
+        == list(manifest.notes)
+        == ["96 inputs do not divide into groups of 64: groups of 32 instead (2 times)"]
+    )
+    assert done.err == f"note: {manifest.notes[0]}\n"
+    assert result["summary"]["cosine"] == manifest.summary.cosine
+
+
+def test_notes_are_said_and_kept(checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path) -> None:
+    done = lbq("convert", checkpoints["llama"], "--gs", "64", "--keep", "q_proj", "--out", tmp_path / "out")
+    said = [line.removeprefix("note: ") for line in done.err.splitlines()]
+    assert len(said) == 2
+    assert said == list(read_manifest(tmp_path / "out").notes)
+    assert said == json.loads((tmp_path / "out" / "report.json").read_text())["notes"]
+    assert lbq("inspect", tmp_path / "out").err == done.err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_dry_run(as_json: bool, checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path) -> None:
+    options = ("--gs", "64", "--set", "down_proj=8", "--keep", "o_proj", "--out", tmp_path / "out")
+    done = lbq("convert", checkpoints["qwen3"], *options, "--dry-run", *(["--json"] if as_json else []))
+    assert done.code == 0
+    assert not os.listdir(tmp_path)
+    assert lbq("convert", checkpoints["qwen3"], *options).code == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert done.err.splitlines() == [f"note: {note}" for note in manifest.notes]
+    if as_json:
+        plan = json.loads(done.out)
+        written = json.loads((tmp_path / "out" / "lbq.json").read_text())
+        assert plan["quantized"] == written["quantized"]
+        assert plan["dense"] == written["dense"]
+        assert plan["bits_per_weight"] == manifest.summary.bits_per_weight
+        files = [entry.size for name, entry in manifest.files.items() if name.endswith(".safetensors")]
+        assert 0 < sum(files) - plan["bytes"] < 130 * (len(plan["quantized"]) * 3 + len(plan["dense"]) + 1)
+        assert plan["peak_bytes"] > 0
+        return
+    rows = {line.split()[0]: line for line in done.out.splitlines()[2:-1]}
+    assert rows["model.layers.*.mlp.down_proj"].split()[1:5] == ["64×96", "INT8", "row", "2"]
+    assert rows["model.layers.*.mlp.gate_proj"].split()[1:5] == ["96×64", "INT4", "row", "2"]
+    assert rows["model.layers.*.self_attn.o_proj.weight"].split()[1:4] == ["64×128", "BF16", "2"]
+    assert f"{manifest.summary.bits_per_weight:.2f} bits a quantized weight" in done.out
+
+
+def test_overwrite(checkpoints: Mapping[str, Path], artifact: Path, lbq: Lbq) -> None:
+    before = (artifact / "lbq.json").read_bytes()
+    done = lbq("convert", checkpoints["llama"], "--bits", "3", "--gs", "32", "--out", artifact, "--overwrite")
+    assert done.code == 0
+    assert read_manifest(artifact).method.bits == 3
+    assert (artifact / "lbq.json").read_bytes() != before
+    assert lbq("verify", artifact).code == 0
+    assert os.listdir(artifact.parent) == ["artifact"]
+
+
+def test_options_reach_the_manifest(checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path) -> None:
+    options = (
+        "--bits 3 --gs row --lm-head 4 --keep layers.1 --set down_proj=8:32 --for vllm,sglang --max-shard-size 40KB"
+    )
+    done = lbq("convert", checkpoints["llama"], *options.split(), "--device", "cpu", "--out", tmp_path / "out")
+    assert done.code == 0
+    manifest = read_manifest(tmp_path / "out")
+    method = manifest.method
+    assert (method.bits, method.group, method.lm_head) == (3, None, 4)
+    assert (method.keep, method.set, method.readers) == (("layers.1",), ("down_proj=8:32",), ("vllm", "sglang"))
+    assert len([name for name in manifest.files if name.endswith(".safetensors")]) > 2
+    assert "INT3, group row, head 4 bits" in lbq("inspect", tmp_path / "out").out
+
+
+def test_inspect(kept_artifact: Path, lbq: Lbq) -> None:
+    done = lbq("inspect", kept_artifact)
+    assert (done.code, done.err) == (0, "")
+    assert "2 layers, hidden 64, vocabulary 264, context 128" in done.out
+    rows = {line.split()[0]: line.split()[1:] for line in done.out.splitlines() if "×" in line}
+    assert rows["model.layers.*.mlp.down_proj"][:4] == ["64×96", "INT4", "32", "2"]
+    assert rows["lm_head"][:4] == ["264×64", "INT8", "row", "1"]
+    assert rows["model.embed_tokens.weight"][:3] == ["264×64", "BF16", "1"]
+    cosines = [m.cosine for m in json_report(kept_artifact).modules if m.name.endswith("mlp.down_proj")]
+    assert rows["model.layers.*.mlp.down_proj"][4] == f"{min(cosines):.5f}"
+    layers = lbq("inspect", kept_artifact, "--layers").out
+    assert all(name in layers for name in read_manifest(kept_artifact).quantized)
+
+
+def json_report(folder: Path) -> Report:
+    from lbq.formats import json_file
+
+    return json_file.read(folder / "report.json", Report)
+
+
+def test_inspect_json(kept_artifact: Path, lbq: Lbq) -> None:
+    done = lbq("inspect", kept_artifact, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == (kept_artifact / "lbq.json").read_text()
+
+
+def test_inspect_reads_no_weights(kept_artifact: Path, lbq: Lbq, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lbq.formats.artifact import Artifact
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(Artifact, "packed", refuse)
+    assert lbq("inspect", kept_artifact).code == 0
+
+
+def test_what_a_manifest_says_does_not_steer_the_terminal(artifact: Path, lbq: Lbq) -> None:
+    path = artifact / "lbq.json"
+    manifest = json.loads(path.read_text())
+    evil = "\x1b]0;owned\x07\nlbq: all is well"
+    manifest["notes"] = [evil]
+    manifest["source"]["name"] = evil
+    manifest["tools"] = {evil: evil}
+    path.write_text(json.dumps(manifest))
+    done = lbq("inspect", artifact)
+    assert done.code == 0
+    assert "\x1b" not in done.out + done.err
+    assert "\nlbq: all" not in done.out + done.err
+    assert "\\x1b]0;owned" in done.out
+
+
+def test_inspect_wants_the_report_of_this_artifact(artifact: Path, lbq: Lbq) -> None:
+    path = artifact / "report.json"
+    text = path.read_text()
+    path.write_text(text.replace("mlp.up_proj", "mlp.pu_proj"))
+    assert "its layers are not those of the manifest" in lbq("inspect", artifact).error
+    assert lbq("verify", artifact).code == 3
+
+
+def test_verify(kept_artifact: Path, lbq: Lbq) -> None:
+    done = lbq("verify", kept_artifact)
+    assert (done.code, done.err) == (0, "")
+    count = len(os.listdir(kept_artifact)) - 1
+    assert done.out.startswith(f"{kept_artifact}: {count} files, ")
+    done = lbq("verify", kept_artifact, "--json")
+    assert json.loads(done.out) == {"path": str(kept_artifact), "ok": True, "problems": {}}
+
+
+def test_a_bug_is_called_one(lbq: Lbq, kept_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("lbq.formats.artifact.open_artifact", bug)
+    done = lbq("inspect", kept_artifact)
+    assert done.code == 1
+    assert (
+        done.err
+        == "lbq: error: a bug in lbq, please report it: RuntimeError: two lines (LBQ_TRACEBACK=1 shows where)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "lbq: interrupted\n"),
+        (MemoryError(), 4, "lbq: error: out of memory\n"),
+        (OSError(5, "Input/output error", "/disk/file"), 4, "lbq: error: /disk/file: Input/output error\n"),
+    ],
+)
+def test_errors_of_the_system(
+    error: BaseException, code: int, says: str, lbq: Lbq, kept_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lbq.formats.artifact.open_artifact", fail)
+    done = lbq("inspect", kept_artifact)
+    assert (done.code, done.err) == (code, says)
+
+
+def test_a_hub_that_fails(lbq: Lbq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(name: str, **options: object) -> str:
+        assert (name, options["revision"]) == ("someone/model", "v1")
+        raise huggingface_hub.errors.LocalEntryNotFoundError("401 Client Error\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    done = lbq("convert", "someone/model", "--revision", "v1", "--out", tmp_path / "out")
+    assert done.code == 6
+    assert done.error == "someone/model: could not be fetched from the Hub: 401 Client Error"
+
+
+def test_a_hub_that_answers(
+    checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(checkpoints["llama"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.chdir(tmp_path)
+    assert lbq("convert", "someone/model", "--gs", "32").code == 0
+    source = read_manifest(tmp_path / "model-int4-g32").source
+    assert (source.name, source.revision) == ("someone/model", "0123abc")
+
+
+def test_closed_pipes(kept_artifact: Path) -> None:
+    """Whoever reads the output may stop: no traceback, exit code 0."""
+    program = (
+        "import os, sys\nfrom lbq import cli\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\ncli.main()\n"
+    )
+    command = [sys.executable, "-c", program, "inspect", kept_artifact, "--layers"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500 MB", 5 * 10**8),
+        ("4GiB", 4 << 30),
+        ("1.5kb", 1500),
+        ("7", 7),
+        ("9" * 25, int("9" * 25)),
+    ],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert Size().convert(text, None, None) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5TB", "5 G B", "nan", "1e9", "٥GB"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        Size().convert(text, None, None)
+
+
+def test_what_is_shown() -> None:
+    assert [size(n) for n in (0, 999, 1000, 140_900_000, 5 * 10**12)] == [
+        "0 B",
+        "999 B",
+        "1.0 KB",
+        "140.9 MB",
+        "5000.0 GB",
+    ]
+    assert plain("a\tb\n\x1b[0m\u202e\udcff é×") == r"a\tb\n\x1b[0m\u202e\udcff é×"
