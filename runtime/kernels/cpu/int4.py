@@ -25,10 +25,11 @@ MOST_MEMORY = 1.14  # of the stored bytes, so that padding stays below 1.15
 
 
 class NibbleBagLinear:
-    """INT4 and INT3: two codes a byte in memory, shards of [⌈K/2⌉, columns]; INT3 codes are widened to four bits.
+    """INT4 and INT3: two codes a byte in memory; INT3 codes are widened to four bits.
 
-    The low nibbles of a shard hold codes of the first half of K, the high nibbles those of the second, so that the
-    unpacked table is in the order of K. Bags are laid out for the number of threads at construction.
+    A shard of columns holds [blocks, 1, half, columns] bytes: K is cut in blocks of 2·half rows, one for each thread;
+    low nibbles are a block's first half, high nibbles its second, so that the unpacked table is in the order of K and
+    a thread reads and writes one block alone. Blocks and bags are for the number of threads at construction.
     """
 
     fallback: str | None = None
@@ -38,7 +39,8 @@ class NibbleBagLinear:
         self.n, self.k, self._group, self._bias = weight.n, weight.k, weight.group, bias
         self.kernel = f"FBGEMM byte bags, INT{weight.bits} unpacked by tiles (CPU)"
         threads = torch.get_num_threads()
-        self._half = -(-self.k // 2)
+        self._blocks = threads if self.k % (2 * threads) == 0 else 1
+        self._half = -(-self.k // (2 * self._blocks))
         self._bags = _choose_bags(self.k, weight.group, threads)
         shards, self._columns = split_columns(self.n, max(NARROWEST, SCRATCH_BYTES * threads // self.k))
         with torch.inference_mode(False):
@@ -48,21 +50,20 @@ class NibbleBagLinear:
         self.resident_bytes = sum(codes.nbytes + scales.nbytes for codes, scales in self._shards)
 
     def _load(self, rows: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes uint8 [⌈K/2⌉, columns], two a byte, and scales float32 [bags, columns] of one shard."""
-        codes = torch.zeros(self._half, self._columns, dtype=torch.uint8)
-        scales = torch.zeros(self._bags.bags, self._columns)
-        unpacked = unpack(rows.words, rows.bits, rows.k).t()  # [K, n]
+        """Codes uint8 [blocks, 1, half, columns], two a byte, and scales float32 [bags, columns] of one shard."""
+        unpacked = torch.zeros(2 * self._blocks * self._half, self._columns, dtype=torch.uint8)
+        unpacked[: rows.k, : rows.n] = unpack(rows.words, rows.bits, rows.k).t()
         if rows.bits == 3:
-            unpacked = unpacked + 4  # u − 4 == (u + 4) − 8
-        codes[:, : rows.n] = unpacked[: self._half]
-        codes[: self.k - self._half, : rows.n] |= unpacked[self._half :] << 4
+            unpacked += 4  # u − 4 == (u + 4) − 8
+        low, high = unpacked.view(self._blocks, 2, self._half, -1).split(1, 1)
+        scales = torch.zeros(self._bags.bags, self._columns)
         scales[:, : rows.n] = rows.scales.t()[self._bags.group_of]
-        return codes, scales
+        return low | (high << 4), scales
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [M, K] → float32 [M, N]."""
         check_input(x, self.k)
-        table = _scratch(self._half, self._columns)
+        table = _scratch(self._blocks, self._half, self._columns)
         parts = []
         for codes, scales in self._shards:
             table.unpack(codes)
@@ -74,8 +75,9 @@ class NibbleBagLinear:
 
     def _dequantize(self, table: _Scratch, scales: torch.Tensor) -> torch.Tensor:
         """A shard of Wᵀ, float32 [K, columns], from the unpacked table."""
-        tile = table.rows[: self.k, : self._columns].float()
-        tile[self._half :].mul_(1 / 16)
+        rows = table.rows[:, : self._columns].float()
+        rows.view(self._blocks, 2, self._half, -1)[:, 1].mul_(1 / 16)
+        tile = rows[: self.k]
         groups = torch.arange(self.k // self._group)
         scales = scales[torch.searchsorted(self._bags.group_of, groups)]
         tile.sub_(8).view(len(groups), self._group, -1).mul_(scales.unsqueeze(1))
@@ -90,21 +92,22 @@ def _choose_bags(k: int, group: int, threads: int) -> Bags:
 
 
 class _Scratch:
-    """A table of bytes, [2·half, columns + 8], that packed codes are spread over: low nibbles, then high ones.
+    """A table of bytes, [blocks·2·half, columns + 8], that packed codes are spread over.
 
     High nibbles stay where they are in their byte: the factor of their rows is 1/16.
     """
 
-    def __init__(self, half: int, columns: int) -> None:
+    def __init__(self, blocks: int, half: int, columns: int) -> None:
         with torch.inference_mode(False):
-            self.rows = torch.zeros(2 * half, columns + HEADER, dtype=torch.uint8)
-            self.rows[:half, columns:] = header(1.0, -8.0)
-            self.rows[half:, columns:] = header(1 / 16, -8.0)
-            self._codes = self.rows.view(2, half, -1)[:, :, :columns]
+            self.rows = torch.zeros(2 * blocks * half, columns + HEADER, dtype=torch.uint8)
+            table = self.rows.view(blocks, 2, half, -1)
+            table[:, 0, :, columns:] = header(1.0, -8.0)
+            table[:, 1, :, columns:] = header(1 / 16, -8.0)
+            self._codes = table[:, :, :, :columns]
             self._masks = torch.tensor([0x0F, 0xF0], dtype=torch.uint8).view(2, 1, 1)
 
     def unpack(self, packed: torch.Tensor) -> None:
-        """Spread uint8 [half, columns], two codes a byte. Every thread writes an equal run of rows."""
+        """Spread uint8 [blocks, 1, half, columns], two codes a byte. torch gives every thread an equal run of rows."""
         torch.bitwise_and(packed, self._masks, out=self._codes)
 
 
@@ -112,14 +115,14 @@ class _ScratchPool(threading.local):
     """One table a shape and thread, shared by all linears: they run one after another."""
 
     def __init__(self) -> None:
-        self.tables: dict[tuple[int, int], _Scratch] = {}
+        self.tables: dict[tuple[int, int, int], _Scratch] = {}
 
 
 _pool = _ScratchPool()
 
 
-def _scratch(half: int, columns: int) -> _Scratch:
-    table = _pool.tables.get((half, columns))
+def _scratch(blocks: int, half: int, columns: int) -> _Scratch:
+    table = _pool.tables.get((blocks, half, columns))
     if table is None:
-        table = _pool.tables[half, columns] = _Scratch(half, columns)
+        table = _pool.tables[blocks, half, columns] = _Scratch(blocks, half, columns)
     return table
