@@ -18,7 +18,8 @@ import torch
 
 from lbq.runtime.kernels.cpu.fbgemm import byte_bags
 
-ROWS_BY_BAGS = 8  # tokens up to which bags are faster than dequantise + matmul
+ROWS_BY_BAGS = 16  # tokens up to which bags are about as fast as dequantise + matmul, or faster
+TILE = 1 << 19  # weights that dequantise + matmul takes at a time: 2 MiB of float32
 HEADER = 8  # bytes behind a row of codes: float32 factor, float32 offset
 
 
@@ -85,6 +86,21 @@ def _bags(shards: int, pieces: int, k: int, starts: list[int], group_of: list[in
         indices = torch.arange(shards * k, dtype=torch.int32)
         offsets = torch.tensor([*starts, shards * k], dtype=torch.int32)
         return Bags(shards, pieces, indices, offsets, torch.tensor(group_of))
+
+
+def matmul(x: torch.Tensor, codes: torch.Tensor, zero: int, scales: torch.Tensor) -> torch.Tensor:
+    """For many tokens: float32 [M, n] of x float32 [M, K], unsigned codes uint8 [K, n] and scales float32 [groups, n].
+
+    Tiles of columns become float32, exactly, and are multiplied.
+    """
+    k, n = codes.shape
+    width = max(16, TILE // k)
+    y = torch.empty(x.shape[0], n)
+    for a in range(0, n, width):
+        tile = codes[:, a : a + width].to(torch.float32, memory_format=torch.contiguous_format).sub_(zero)
+        tile.view(scales.shape[0], k // scales.shape[0], -1).mul_(scales[:, a : a + width].unsqueeze(1))
+        y[:, a : a + width] = x @ tile
+    return y
 
 
 def header(factor: float, offset: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ from lbq.runtime.kernels.cpu.bags import (
     even_bags,
     finish,
     header,
+    matmul,
     split_columns,
 )
 from lbq.runtime.kernels.cpu.mapped import check_input
@@ -63,25 +64,18 @@ class NibbleBagLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [M, K] → float32 [M, N]."""
         check_input(x, self.k)
-        table = _scratch(self._blocks, self._half, self._columns)
-        parts = []
-        for codes, scales in self._shards:
-            table.unpack(codes)
-            if x.shape[0] <= ROWS_BY_BAGS:
-                parts.append(self._bags.dot(table.rows, x, scales))
-            else:
-                parts.append(x @ self._dequantize(table, scales))
-        return finish(parts, self.n, self._bias)
+        product = self._by_bags if x.shape[0] <= ROWS_BY_BAGS else self._by_matmul
+        return finish([product(x, codes, scales) for codes, scales in self._shards], self.n, self._bias)
 
-    def _dequantize(self, table: _Scratch, scales: torch.Tensor) -> torch.Tensor:
-        """A shard of Wᵀ, float32 [K, columns], from the unpacked table."""
-        rows = table.rows[:, : self._columns].float()
-        rows.view(self._blocks, 2, self._half, -1)[:, 1].mul_(1 / 16)
-        tile = rows[: self.k]
+    def _by_bags(self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        table = _scratch(self._blocks, self._half, self._columns)
+        table.unpack(codes)
+        return self._bags.dot(table.rows, x, scales)
+
+    def _by_matmul(self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        unpacked = torch.cat((codes & 15, codes >> 4), 1).view(-1, self._columns)[: self.k]
         groups = torch.arange(self.k // self._group)
-        scales = scales[torch.searchsorted(self._bags.group_of, groups)]
-        tile.sub_(8).view(len(groups), self._group, -1).mul_(scales.unsqueeze(1))
-        return tile
+        return matmul(x, unpacked, 8, scales[torch.searchsorted(self._bags.group_of, groups)])
 
 
 def _choose_bags(k: int, group: int, threads: int) -> Bags:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lbq.formats.packing import PackedWeight, unpack
-from lbq.runtime.kernels.cpu.bags import HEADER, ROWS_BY_BAGS, even_bags, finish, header, split_columns
+from lbq.runtime.kernels.cpu.bags import HEADER, ROWS_BY_BAGS, even_bags, finish, header, matmul, split_columns
 from lbq.runtime.kernels.cpu.mapped import check_input
 
 COLUMNS = 448  # of a table: what FBGEMM keeps in AVX-512 registers, so that memory is read in order
@@ -45,12 +45,6 @@ class ByteBagLinear:
         if x.shape[0] <= ROWS_BY_BAGS:
             parts = [bags.dot(table, x, scales) for table, scales, bags in self._batches]
         else:
-            parts = [x @ self._dequantize(s) for s in range(self._table.shape[0])]
+            tables = zip(self._table[:, :, : self._columns], self._scales, strict=True)
+            parts = [matmul(x, table, 128, scales) for table, scales in tables]
         return finish(parts, self.n, self._bias)
-
-    def _dequantize(self, s: int) -> torch.Tensor:
-        """Shard ``s`` of Wᵀ, float32 [K, columns]."""
-        tile = self._table[s, :, : self._columns].float()
-        scales = self._scales[s]
-        tile.sub_(128).view(scales.shape[0], -1, self._columns).mul_(scales.unsqueeze(1))
-        return tile
