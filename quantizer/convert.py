@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import torch
 
+from lbq import __version__
 from lbq.formats import json_file
 from lbq.formats import manifest as manifests
 from lbq.formats import report as reports
@@ -156,7 +156,7 @@ def write_artifact(
             dense=plan.dense,
             method=_method(prepared.request),
             source=manifests.Source(source.name, source.revision, hasher.result()),
-            tools={"lbq": version("lbq"), "torch": str(torch.__version__)},
+            tools={"lbq": __version__, "torch": str(torch.__version__)},
             summary=totals.summary(plan.bits_per_weight),
             notes=plan.notes,
             files={name: FileEntry(written.size, written.sha256) for name, written in sorted(files.items())},

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from lbq import __version__
 from lbq.cli.convert import convert
 from lbq.cli.display import plain
 from lbq.cli.inspect import inspect
@@ -23,7 +24,7 @@ TERMINATED = 143
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="lbq", message="lbq %(version)s")
+@click.version_option(__version__, message="lbq %(version)s")
 def cli() -> None:
     """Quantize language models to INT8, INT4 or INT3, and run them.
 
