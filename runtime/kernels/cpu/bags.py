@@ -109,9 +109,11 @@ def header(factor: float, offset: float) -> torch.Tensor:
 
 
 def split_columns(n: int, most: int) -> tuple[int, int]:
-    """Shards, and columns of each: even, about ``most`` at most, a multiple of 16."""
+    """Shards, and columns of each: even, about ``most`` at most, whole vectors of 16 where that pads little."""
     shards = -(-n // most)
-    columns = -(-n // shards // 16) * 16 if n >= 256 else -(-n // shards)
+    columns = -(-n // shards)
+    if n >= 1024:
+        columns = -(-columns // 16) * 16
     return -(-n // columns), columns
 
 

@@ -149,10 +149,12 @@ def test_groups_of_zeros_and_the_extreme_codes(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("k", [576, 4096])
-def test_resident_bytes_stay_within_the_bound(k: int, bits: int) -> None:
+@pytest.mark.parametrize(("n", "k"), [(257, 576), (576, 4096), (1025, 320)])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_resident_bytes_stay_within_the_bound(n: int, k: int, bits: int, threads: int) -> None:
+    torch.set_num_threads(threads)
     for group in groups_of(k):
-        weight = make_weight(576, k, bits, group)
+        weight = make_weight(n, k, bits, group)
         assert cpu_linear(weight).resident_bytes <= (1.5 if bits == 3 else 1.15) * weight.nbytes
 
 
