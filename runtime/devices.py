@@ -46,7 +46,12 @@ class CpuDevice:
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """Weights are moved once; the cache is float16 (float32 when ``exact``) and allocated at once."""
+    """Weights are moved once; the cache is float16 (float32 when ``exact``) and allocated at once.
+
+    What rounding keys and values costs, as KL divergence to float32: float16 4e-7 on SmolLM2-135M and 1e-6 on
+    Qwen2.5-Coder-0.5B; bfloat16 3e-5 and 8e-4. The largest key there, biases of Qwen2 included, was 215; float16 goes
+    to 65504, and past it the logits are not finite, which ends the text with an error.
+    """
 
     exact: bool
 
