@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -287,3 +287,12 @@ def _hooked() -> None:
 def opened(_hooked: None) -> Opened:
     """``with opened:`` collects what is opened into ``opened.paths``."""
     return Opened()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are not worth waking threads for, on a busy machine least of all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

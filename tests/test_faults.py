@@ -20,10 +20,12 @@ import pytest
 import torch
 
 from lbq.formats.artifact import open_artifact
-from lbq.formats.errors import DataError
+from lbq.formats.errors import DataError, UsageError
 from lbq.formats.safetensors_file import open_checkpoint
 from lbq.formats.staging import StagedFolder
 from lbq.quantizer.families import read_spec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Lbq = Callable[..., Any]
 Tensors = dict[str, torch.Tensor]
@@ -729,3 +731,29 @@ def test_any_field_of_a_config(make_checkpoint: Callable[..., Path]) -> None:
             refused += not accepted(lambda: read_spec(path.parent))
         container[key] = before
     assert refused > 100
+
+
+def test_what_opens_also_runs(artifact: Path) -> None:
+    """A spec that is wrong and yet fits its tensors decodes nonsense, or is refused: it does not crash."""
+    from lbq.runtime.model import load
+
+    path = artifact / "lbq.json"
+    manifest = json.loads(path.read_text())
+
+    def run() -> None:
+        try:
+            model = load(artifact, device="cpu")
+        except UsageError:  # the context is too short
+            return
+        model.logits([1])
+        model.close()
+
+    ran = 0
+    for container, key in leaves(manifest["spec"]):
+        before = container[key]
+        for value in VALUES:
+            container[key] = value
+            path.write_text(json.dumps(manifest))
+            ran += opens(artifact) and accepted(run)
+        container[key] = before
+    assert ran > 30

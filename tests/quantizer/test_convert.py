@@ -27,6 +27,8 @@ from lbq.quantizer import convert as conversion
 from lbq.quantizer.convert import convert
 from lbq.quantizer.rtn import quantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Tensors = dict[str, torch.Tensor]
 HARNESS = Path(__file__).with_name("convert_harness.py")
 COMPANIONS = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
