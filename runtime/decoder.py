@@ -88,16 +88,16 @@ class Decoder:
         """
         total = ids.shape[0]
         assert 1 <= total <= state.context - state.length
-        logits: list[torch.Tensor] = []
-        x = None
+        every = torch.empty(total, self.spec.vocab_size, device=self.device) if all_logits else None
+        done = 0
         for chunk in ids.split(CHUNK):
-            step = HostStep(state.length, chunk.shape[0], self.device)
-            x = self._hidden(chunk, state, step)
-            state.length += chunk.shape[0]
-            if all_logits:
-                logits.append(self._logits(x))
-        assert x is not None
-        return torch.cat(logits) if all_logits else self._logits(x[-1:])[0]
+            length = chunk.shape[0]
+            x = self._hidden(chunk, state, HostStep(state.length, length, self.device))
+            state.length += length
+            if every is not None:
+                every[done : done + length] = self._logits(x)
+                done += length
+        return self._logits(x[-1:])[0] if every is None else every
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor, state: DecoderState, step: Step) -> torch.Tensor:

@@ -46,6 +46,7 @@ class Rotary:
 
     def rotate_(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Rotate the first ``dims`` of every head of [T, heads, head_dim] in place."""
-        halves = heads[..., : self.dims].unflatten(-1, (2, -1))  # [T, heads, 2, dims/2]
+        tokens, count, _ = heads.shape
+        halves = heads[:, :, : self.dims].view(tokens, count, 2, -1)
         swapped = halves.flip(2)
         halves.mul_(cos).addcmul_(swapped, sin)
