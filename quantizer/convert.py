@@ -143,8 +143,8 @@ def write_artifact(
     on_device = _find_device(device)
     check_target(out, source.folder, overwrite=overwrite)
     require_space(out, plan.nbytes + SPARE_BYTES)
-    hasher = Hasher([source.folder / "config.json", *source.companions(), *_weight_files(prepared)])
     with StagedFolder(out, overwrite=overwrite) as stage:
+        hasher = Hasher([source.folder / "config.json", *source.companions(), *_weight_files(prepared)])
         files, modules, totals = _write_shards(prepared, stage, on_device, on_progress or _quiet)
         report = Report(reports.VERSION, tuple(modules), plan.notes)
         for name, data in _small_files(prepared, report):
