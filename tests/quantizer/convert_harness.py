@@ -33,7 +33,7 @@ staging = load(Path(__file__).parents[1] / "formats" / "staging_harness.py")
 
 
 def work(source: Path, target: Path) -> None:
-    convert(source, target, bits=4, group=32, max_shard_bytes=60_000, device="cpu")
+    convert(source, target, bits=4, group=32, max_shard_bytes=40_000, device="cpu")
 
 
 def kill_everywhere(source: Path, folder: Path) -> int:

@@ -457,10 +457,11 @@ def test_two_converters(checkpoints: Mapping[str, Path], tmp_path: Path) -> None
     assert convert(checkpoints["llama"], tmp_path / "out", group=32).path.is_dir()
 
 
-def test_killed_at_every_write(checkpoints: Mapping[str, Path], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, HARNESS, checkpoints["llama"], tmp_path], capture_output=True, text=True, check=False
-    )
+def test_killed_at_every_write(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_checkpoint(num_hidden_layers=1)
+    work = tmp_path / "work"
+    work.mkdir()
+    done = subprocess.run([sys.executable, HARNESS, source, work], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 60
 
