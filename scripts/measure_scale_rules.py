@@ -6,12 +6,12 @@
 Every linear layer but the head is replaced by what its codes and scales dequantise to (or, for the measure ``head``,
 the head alone, at 8 bits and one scale a row), and the model runs in float32 on both sides, so that nothing but the
 quantisation differs. The divergence is KL(unquantised ‖ quantised) of the next-token distributions in nats, averaged
-over all positions. Measures already in the results file are not repeated. Ends with docs/scale-rules.md's tables.
+over all positions. Measures already in the results file are not repeated (but absmax is, where a rule that is missing
+is compared with it). Ends with docs/scale-rules.md's table.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,21 +105,20 @@ def held_out_tokens(folder: Path, text: Path, sequences: int, length: int) -> to
     return torch.tensor(rows[:sequences])
 
 
-def cases(model: str, smallest_group: int) -> list[list[Case]]:
-    """What to measure: of every configuration all rules, absmax first, which the others are compared with."""
+def configurations(smallest_group: int) -> list[tuple[str, int, str]]:
+    """Part, bits and group of everything that is measured."""
     body = [
         ("body", bits, group)
         for bits, groups in GROUPS.items()
         for group in groups
         if group == ROW or int(group) >= smallest_group
     ]
-    return [
-        [Case(model, *configuration, rule.value) for rule in ScaleRule] for configuration in (*body, ("head", 8, ROW))
-    ]
+    return [*body, ("head", 8, ROW)]
 
 
-def measure(bench: Bench, todo: list[list[Case]], results: Path) -> None:
-    for case in itertools.chain.from_iterable(todo):
+def measure(bench: Bench, todo: list[Case], results: Path) -> None:
+    """Add ``todo``, all rules of one configuration after its absmax, to ``results``."""
+    for case in todo:
         group = None if case.group == ROW else int(case.group)
         values = bench.divergence(case.part, case.bits, group, ScaleRule(case.rule))
         if case.rule == ScaleRule.ABSMAX:
@@ -164,7 +163,11 @@ def main(models: tuple[Path, ...], text: Path, results: Path, sequences: int, le
     """Measure MODELS and print the tables."""
     for folder in models:
         done = {m.case for m in read(results)}
-        todo = [rules for rules in cases(folder.name, smallest_group) if not done.issuperset(rules)]
+        todo = []
+        for configuration in configurations(smallest_group):
+            absmax, *others = (Case(folder.name, *configuration, rule.value) for rule in ScaleRule)
+            missing = [case for case in others if case not in done]
+            todo += [absmax, *missing] if missing else []
         if todo:
             measure(Bench(folder, text, sequences, length), todo, results)
     click.echo(table(read(results)))
