@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lbq.formats.packing import PackedWeight
 from lbq.formats.spec import ModelSpec
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.rtn import quantize
 from lbq.runtime.kernels.linear import Linear
+
+if TYPE_CHECKING:  # only the reference needs it, and a machine with a GPU may lack it
+    from transformers import PreTrainedModel
 
 SHAPE = {
     "vocab_size": 97,
@@ -26,7 +30,6 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": 256,
-    "initializer_range": 0.15,
     "tie_word_embeddings": False,
 }
 LLAMA3 = {
@@ -111,45 +114,50 @@ class ReferenceKernels:
 
 @dataclass(frozen=True)
 class Tiny:
-    """One tiny model; ``reference`` is transformers in float32 on the dequantised weights."""
+    """One tiny model."""
 
+    folder: Path  # holds its config.json
     weights: MemoryWeights
-    reference: PreTrainedModel
+
+    @cached_property
+    def reference(self) -> PreTrainedModel:
+        """transformers in float32 on the dequantised weights."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(self.folder)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                module = name.removesuffix(".weight")
+                quantized = self.weights.is_quantized(module)
+                parameter.copy_(self.weights.packed(module).dequantize() if quantized else self.weights.dense(name))
+        return model
 
 
 def tiny_model(family: str, folder: Path, *, bits: int = 4, seed: int = 1) -> Tiny:
+    """Random weights, norms and biases; linears at ``bits`` with groups of 32, an untied head at 8, one scale a row."""
     kind, architecture, changes = FAMILIES[family]
-    config = AutoConfig.for_model(kind, **{**SHAPE, **changes})
-    config.architectures = [architecture]
-    folder.joinpath("config.json").write_text(json.dumps(config.to_dict()))
+    config = {**SHAPE, **changes, "model_type": kind, "architectures": [architecture]}
+    folder.joinpath("config.json").write_text(json.dumps(config))
     spec = read_spec(folder).spec
-    reference = random_model(config, seed)
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float) -> torch.Tensor:
+        return torch.randn(shape, generator=random) * scale
+
     weights = MemoryWeights(spec, {}, {})
-    state = reference.state_dict()
-    heads = () if spec.tied else (spec.head.name,)
-    modules = [p.name for p in spec.projections() if p.name != spec.head.name]
-    for module in (*modules, *heads):
-        name = f"{module}.weight"
-        weight = quantize(state[name], 8 if module in heads else bits, None if module in heads else 32)
-        state[name].copy_(weight.dequantize())
-        weights.quantized[module] = weight
-    dense = (name for name in state if name.removesuffix(".weight") not in weights.quantized)
-    weights.tensors = {name: state[name].to(torch.bfloat16) for name in dense if not (spec.tied and "lm_head" in name)}
-    return Tiny(weights, reference)
-
-
-def random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """transformers' model in float32 with BF16 values, norms and biases random too."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.3)
-            parameter.copy_(parameter.to(torch.bfloat16))
-    return model
+    dense = {f"{spec.embedding}.weight": normal(spec.vocab_size, spec.hidden_size, scale=0.15)}
+    for p in spec.projections():
+        matrix = normal(p.out_features, p.in_features, scale=0.15)
+        if p.name != spec.head.name:
+            weights.quantized[p.name] = quantize(matrix, bits, 32)
+        elif not spec.tied:
+            weights.quantized[p.name] = quantize(matrix, 8)
+        if p.bias:
+            dense[f"{p.name}.bias"] = normal(p.out_features, scale=0.3)
+    dense |= {f"{name}.weight": 1 + normal(width, scale=0.2) for name, width in spec.norms()}
+    weights.tensors = {name: tensor.to(torch.bfloat16) for name, tensor in dense.items()}
+    return Tiny(folder, weights)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
