@@ -16,12 +16,13 @@ from lbq.formats import manifest as manifests
 from lbq.formats import report as reports
 from lbq.formats.artifact import DENSE_DTYPE
 from lbq.formats.compressed_tensors import quantization_config
-from lbq.formats.disk import Written, require_space
+from lbq.formats.disk import Written, check_plain_name, require_space
 from lbq.formats.errors import DataError, DeviceError, UsageError
 from lbq.formats.manifest import MANIFEST, REPORT, FileEntry, Manifest, Method
 from lbq.formats.packing import SCALE_DTYPE, packed_words
 from lbq.formats.report import ModuleReport, Report
 from lbq.formats.safetensors_file import Checkpoint, open_checkpoint
+from lbq.formats.spec import ModelSpec
 from lbq.formats.staging import StagedFolder, check_target
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.measure import Meter, Totals
@@ -46,6 +47,7 @@ class Prepared:
     request: Request
     checkpoint: Checkpoint
     plan: Plan
+    unknown_keys: tuple[str, ...]  # of config.json
 
     @property
     def source_bytes(self) -> int:
@@ -64,7 +66,8 @@ class Prepared:
     def default_name(self) -> str:
         """``NAME-int4-g256``: the label, bits and group that were asked for."""
         scheme = self.request.scheme
-        return f"{self.source.label}-int{scheme.bits}-g{scheme.group or 'row'}"
+        group = f"g{scheme.group}" if scheme.group else "row"
+        return f"{self.source.label}-int{scheme.bits}-{group}"
 
 
 @dataclass(frozen=True)
@@ -110,20 +113,28 @@ def convert(
         max_shard_bytes=max_shard_bytes,
         strict=strict,
     )
+    if out is not None:
+        check_output(model, Path(out), overwrite=overwrite)
     prepared = prepare(resolve(model, revision), request)
     target = Path(out) if out is not None else Path(prepared.default_name())
     return write_artifact(prepared, target, overwrite=overwrite, device=device, on_progress=on_progress)
 
 
+def check_output(model: str | Path, out: Path, *, overwrite: bool) -> None:
+    """Raise what :func:`write_artifact` would raise about ``out``, before anything of ``model`` is fetched."""
+    check_target(out, Path(model) if Path(model).is_dir() else None, overwrite=overwrite)
+
+
 def prepare(source: SourceFolder, request: Request) -> Prepared:
-    """Read config and headers and decide. Raises DataError and UsageError before any output exists."""
+    """Read config, headers and tokenizer, and decide; no weights, unless a tied checkpoint saves a head too.
+
+    Raises DataError and UsageError before any output exists.
+    """
     adapted = read_spec(source.folder)
     check_tokenizer(source.folder, adapted.spec.vocab_size)
     checkpoint = open_checkpoint(source.folder)
-    plan = make_plan(
-        adapted.spec, checkpoint, request, adapted.unknown_keys, _head_differs(adapted.spec.tied, checkpoint)
-    )
-    return Prepared(source, request, checkpoint, plan)
+    plan = make_plan(adapted.spec, checkpoint, request, adapted.unknown_keys, _head_differs(adapted.spec, checkpoint))
+    return Prepared(source, request, checkpoint, plan, adapted.unknown_keys)
 
 
 def write_artifact(
@@ -137,17 +148,22 @@ def write_artifact(
     """Convert into the folder ``out``, which appears whole or not at all.
 
     ``device`` is ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``. Raises BusyError if somebody else converts
-    into ``out``, StorageError for the disk, DataError for a weight that cannot be quantised.
+    into ``out``, StorageError for the disk, DataError for a weight that cannot be quantised, UsageError and DeviceError
+    for the device.
     """
     source, plan = prepared.source, prepared.plan
     on_device = _find_device(device)
     check_target(out, source.folder, overwrite=overwrite)
     require_space(out, plan.nbytes + SPARE_BYTES)
-    with StagedFolder(out, overwrite=overwrite) as stage:
-        hasher = Hasher([source.folder / "config.json", *source.companions(), *_weight_files(prepared)])
-        files, modules, totals = _write_shards(prepared, stage, on_device, on_progress or _quiet)
+    small = _small_files(prepared)
+    sources = [source.folder / "config.json", *source.companions(), *_weight_files(prepared)]
+    with StagedFolder(out, overwrite=overwrite, source=source.folder) as stage, Hasher(sources) as hasher:
+        try:
+            files, modules, totals = _write_shards(prepared, stage, on_device, on_progress or _quiet)
+        except torch.OutOfMemoryError:
+            raise DeviceError(f"device {on_device}: out of memory; free some or convert with --device cpu") from None
         report = Report(reports.VERSION, tuple(modules), plan.notes)
-        for name, data in _small_files(prepared, report):
+        for name, data in (*small.items(), (REPORT, json_file.encode(report))):
             files[name] = stage.add_file(name, data)
         manifest = Manifest(
             lbq_format=manifests.VERSION,
@@ -199,11 +215,11 @@ def _weight_files(prepared: Prepared) -> list[Path]:
     return ([index] if index.is_file() else []) + [folder / name for name in sorted(prepared.checkpoint.files)]
 
 
-def _head_differs(tied: bool, checkpoint: Checkpoint) -> bool:
+def _head_differs(spec: ModelSpec, checkpoint: Checkpoint) -> bool:
     """Whether a tied checkpoint saves a head that is not the embedding; transformers then loads them untied."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    head, embedding = f"{spec.head.name}.weight", f"{spec.embedding}.weight"
     names = checkpoint.names()
-    if not tied or head not in names or embedding not in names:
+    if not spec.tied or head not in names or embedding not in names:
         return False
     a, b = checkpoint.tensor(head), checkpoint.tensor(embedding)
     same = a.shape == b.shape and a.dtype == b.dtype
@@ -240,10 +256,10 @@ def _dense(prepared: Prepared, step: Keep, on_progress: OnProgress) -> torch.Ten
     """The tensor as BF16. Raises DataError for NaN or infinity, also one that the rounding would make."""
     source = prepared.checkpoint.tensor(step.source)
     tensor = source.to(DENSE_DTYPE)
-    for start, block in enumerate(tensor.flatten().split(CPU_BLOCK)):
+    for number, block in enumerate(tensor.flatten().split(CPU_BLOCK)):
         finite = torch.isfinite(block)
         if not bool(finite.all()):
-            at = start * CPU_BLOCK + int((~finite).to(torch.uint8).argmax())
+            at = number * CPU_BLOCK + int((~finite).to(torch.uint8).argmax())
             raise _bad_weight(prepared, step.source, at, float(source.flatten()[at]))
     on_progress(step.name, source.nbytes)
     return tensor
@@ -283,22 +299,27 @@ def _bad_weight(prepared: Prepared, name: str, index: int, value: float) -> Data
     )
 
 
-def _small_files(prepared: Prepared, report: Report) -> Iterable[tuple[str, bytes]]:
-    yield "config.json", _config(prepared)
+def _small_files(prepared: Prepared) -> dict[str, bytes]:
+    """What travels with the weights. Raises DataError for a name or size that no artifact has."""
+    files = {"config.json": _config(prepared)}
     for path in prepared.source.companions():
-        yield path.name, json_file.read_bytes(path)
-    yield REPORT, json_file.encode(report)
+        files[check_plain_name(path.name, str(prepared.source.folder))] = json_file.read_bytes(path)
+    return files
 
 
 def _config(prepared: Prepared) -> bytes:
     """The source's config.json with what readers of compressed-tensors need.
 
-    Private keys stay behind: one names the folder of whoever saved the model, another picks code that transformers
-    loads from the Hub.
+    Keys that are private or that lbq does not know stay behind: one names the folder of whoever saved the model, others
+    pick code that transformers loads from the Hub.
     """
     plan = prepared.plan
     path = prepared.source.folder / "config.json"
-    config = {k: v for k, v in json_file.read(path, dict[str, object]).items() if not k.startswith("_")}
+    config = {
+        key: value
+        for key, value in json_file.read(path, dict[str, object]).items()
+        if not key.startswith("_") and key not in prepared.unknown_keys
+    }
     config["tie_word_embeddings"] = plan.spec.tied
     for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
         if key in config or key == "dtype":

@@ -6,6 +6,7 @@ What differs from the request is a note; a note is said on the screen, kept in r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -116,15 +117,23 @@ def make_plan(
     _check_names(spec, checkpoint, tied_source)
     spec = _untie(spec, schemes, head_differs, notes)
     steps: list[Quantize | Keep] = [_keep(checkpoint, f"{spec.embedding}.weight", (spec.vocab_size, spec.hidden_size))]
-    fallbacks: dict[str, int] = {}
     for projection in spec.projections():
-        source = f"{projection.name}.weight"
-        if projection.name == spec.head.name and tied_source:
-            source = f"{spec.embedding}.weight"
-        steps.extend(_projection(spec, checkpoint, projection, source, schemes[projection.name], request, fallbacks))
-    notes.extend(f"{what} ({_times(count)})" for what, count in fallbacks.items())
+        shared = tied_source and projection.name == spec.head.name
+        source = f"{spec.embedding if shared else projection.name}.weight"
+        scheme = schemes[projection.name]
+        if scheme is not None:
+            steps.append(_quantize(checkpoint, projection, source, scheme, request.readers))
+        elif not (spec.tied and shared):
+            shape = (projection.out_features, projection.in_features)
+            steps.append(_keep(checkpoint, f"{projection.name}.weight", shape, source))
+        if projection.bias:
+            steps.append(_keep(checkpoint, f"{projection.name}.bias", (projection.out_features,)))
+    fallbacks = Counter(_fallback(p, schemes[p.name]) for p in spec.projections())
+    notes.extend(f"{what} ({_layers(count)})" for what, count in fallbacks.items() if what)
     steps.extend(_keep(checkpoint, f"{name}.weight", (width,)) for name, width in spec.norms())
     notes.extend(_casts(checkpoint, steps))
+    if "sglang" in request.readers and any(isinstance(s, Quantize) and s.entry.bits == 3 for s in steps):
+        notes.append("SGLang does not read 3-bit weights")
     if request.strict and notes:
         raise UsageError(f"refused under --strict: {notes[0]}" + (f" (and {len(notes) - 1} more)" if notes[1:] else ""))
     if not any(isinstance(step, Quantize) for step in steps):
@@ -157,7 +166,7 @@ def _schemes(spec: ModelSpec, request: Request, notes: list[str]) -> dict[str, S
             what = f"{last!r} names a part of {leaves}, which are fused: widened to all of them"
             widened[what] = widened.get(what, 0) + 1
         schemes.update(dict.fromkeys(names, chosen))
-    notes.extend(f"{what} ({_times(count)})" for what, count in widened.items())
+    notes.extend(f"{what} ({_units(count)})" for what, count in widened.items())
     for pattern, _ in wishes:
         if pattern not in used:
             example = next(spec.projections()).name
@@ -186,36 +195,32 @@ def _untie(spec: ModelSpec, schemes: Mapping[str, Scheme | None], head_differs: 
     return msgspec.structs.replace(spec, tied=False)
 
 
-def _projection(
-    spec: ModelSpec,
-    checkpoint: Checkpoint,
-    projection: Projection,
-    source: str,
-    scheme: Scheme | None,
-    request: Request,
-    fallbacks: dict[str, int],
-) -> Iterator[Quantize | Keep]:
+def _quantize(
+    checkpoint: Checkpoint, projection: Projection, source: str, scheme: Scheme, readers: tuple[str, ...]
+) -> Quantize:
     n, k = projection.out_features, projection.in_features
-    if scheme is not None:
-        group = effective_group(k, scheme.group)
-        if scheme.group is not None and k % scheme.group:
-            what = f"{k} inputs do not divide into groups of {scheme.group}: {_group_text(group)} instead"
-            fallbacks[what] = fallbacks.get(what, 0) + 1
-        stored = min(group, READERS_GROUP) if group and request.readers else group
-        _check_source(checkpoint, source, (n, k))
-        yield Quantize(projection.name, source, group or k, QuantizedModule(n, k, scheme.bits, stored or k))
-    elif not (spec.tied and projection.name == spec.head.name):
-        yield _keep(checkpoint, f"{projection.name}.weight", (n, k), source)
-    if projection.bias:
-        yield _keep(checkpoint, f"{projection.name}.bias", (n,))
+    _check_source(checkpoint, source, (n, k))
+    group = effective_group(k, scheme.group)
+    stored = min(group, READERS_GROUP) if group and readers else group
+    return Quantize(projection.name, source, group or k, QuantizedModule(n, k, scheme.bits, stored or k))
 
 
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
+def _fallback(projection: Projection, scheme: Scheme | None) -> str | None:
+    """What to say where the group asked for does not divide the inputs."""
+    k = projection.in_features
+    if scheme is None or scheme.group is None or k % scheme.group == 0:
+        return None
+    group = effective_group(k, scheme.group)
+    instead = f"groups of {group}" if group else "one scale a row"
+    return f"{k} inputs do not divide into groups of {scheme.group}: {instead} instead"
 
 
-def _group_text(group: int | None) -> str:
-    return f"groups of {group}" if group else "one scale a row"
+def _units(count: int) -> str:
+    return "1 unit" if count == 1 else f"{count} units"
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _keep(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str | None = None) -> Keep:

@@ -27,12 +27,17 @@ class Override:
     text: str  # as it was given
 
     @staticmethod
-    def parse(text: str) -> Override:
-        """Read ``down_proj=8`` or ``layers.0=8:128``. Raises UsageError."""
+    def parse(text: str, base: Scheme) -> Override:
+        """Read ``down_proj=8`` or ``layers.0=8:128``; without a group, ``base``'s where both are under 8 bits.
+
+        Raises UsageError.
+        """
         found = OVERRIDE.fullmatch(text)
         if found is None:
             raise UsageError(f"--set {text}: expected PATTERN=BITS or PATTERN=BITS:GROUP, such as down_proj=8")
         pattern, bits, group = found.groups()
+        if group is None and int(bits) < 8 and base.bits < 8:
+            group = "row" if base.group is None else str(base.group)
         try:
             return Override(pattern, scheme(int(bits), group), text)
         except UsageError as error:
@@ -103,11 +108,12 @@ def make_request(
     strict: bool = False,
 ) -> Request:
     """A request from plain values, as the command line and :func:`lbq.convert` take them. Raises UsageError."""
+    base = scheme(bits, group)
     return Request(
-        scheme(bits, group),
+        base,
         lm_head,
         tuple(keep),
-        tuple(Override.parse(text) for text in overrides),
+        tuple(Override.parse(text, base) for text in overrides),
         tuple(readers),
         max_shard_bytes,
         strict,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tokenizers import Tokenizer
 
 from lbq.formats.disk import hash_file
-from lbq.formats.errors import DataError, LbqError, RemoteError, StorageError
+from lbq.formats.errors import DataError, LbqError, RemoteError, StorageError, UsageError
 from lbq.formats.json_file import read_bytes
 from lbq.formats.manifest import FileEntry
 
@@ -31,7 +33,8 @@ COMPANIONS = (
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,18 @@ def resolve(model: str | Path, revision: str | None = None) -> SourceFolder:
 
 
 def _download(name: str, revision: str | None) -> SourceFolder:
-    from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
-
+    try:
+        from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
+    except ModuleNotFoundError:
+        raise UsageError(f"{name}: huggingface_hub is not installed; give a folder, or install lbq whole") from None
     try:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=["config.json", *WEIGHTS, *COMPANIONS, *LEGAL]
         )
     except Exception as error:  # the client raises its own, httpx's and OSError's kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise RemoteError(f"{name}: could not be fetched from the Hub: {reason}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        kind = StorageError if isinstance(error, OSError) and error.errno in DISK_FULL else RemoteError
+        raise kind(f"{name}: could not be fetched from the Hub: {reason}") from error
     return SourceFolder(Path(folder), name, Path(folder).name)
 
 
@@ -109,12 +115,12 @@ class Hasher(threading.Thread):
         self._paths = paths
         self._entries: dict[str, FileEntry] = {}
         self._error: BaseException | None = None
-        self.start()
+        self._stopped = False
 
     def run(self) -> None:
         try:
             for path in self._paths:
-                written = hash_file(path)
+                written = hash_file(path, self._go_on)
                 self._entries[path.name] = FileEntry(written.size, written.sha256)
         except BaseException as error:
             self._error = error
@@ -125,3 +131,17 @@ class Hasher(threading.Thread):
         if self._error is not None:
             raise self._error
         return self._entries
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop reading, finished or not."""
+        self._stopped = True
+        self.join()
+
+    def _go_on(self, count: int) -> None:
+        del count
+        if self._stopped:
+            raise InterruptedError

@@ -91,7 +91,7 @@ def test_convert_json(checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path)
     assert (
         result["notes"]
         == list(manifest.notes)
-        == ["96 inputs do not divide into groups of 64: groups of 32 instead (2 times)"]
+        == ["96 inputs do not divide into groups of 64: groups of 32 instead (2 layers)"]
     )
     assert done.err == f"note: {manifest.notes[0]}\n"
     assert result["summary"]["cosine"] == manifest.summary.cosine
@@ -266,7 +266,7 @@ def test_a_hub_that_fails(lbq: Lbq, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     done = lbq("convert", "someone/model", "--revision", "v1", "--out", tmp_path / "out")
     assert done.code == 6
-    assert done.error == "someone/model: could not be fetched from the Hub: 401 Client Error"
+    assert done.error == "someone/model: could not be fetched from the Hub: 401 Client Error more"
 
 
 def test_a_hub_that_answers(

@@ -541,7 +541,7 @@ def test_odd_widths(
     assert done.code == 0, done
     said = {1: "one scale a row", 67: "one scale a row", 4304: "one scale a row"}.get(width)
     if said:
-        assert f"note: {width} inputs do not divide into groups of 64: {said} instead (once)" in done.err
+        assert f"note: {width} inputs do not divide into groups of 64: {said} instead (1 layer)" in done.err
         assert f"{width} inputs do not divide" in error
     assert lbq("verify", tmp_path / "out").code == 0
     assert lbq("inspect", tmp_path / "out").code == 0

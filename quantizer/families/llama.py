@@ -42,7 +42,7 @@ class Family:
     out_bias: bool | None = None  # None: likewise
     qk_norm: bool = False
     default_head_dim: int | None = None
-    windowed: bool = False  # sliding_window is meant whenever it is set, and 4096 where the key is absent
+    window: Literal["no", "all layers", "by switch"] = "no"  # when sliding_window is meant; absent, it is 4096
     kv_heads_optional: bool = False  # absent: as many as heads
     rms_norm_eps: float = 1e-6
     max_positions: int = 32768
@@ -50,9 +50,9 @@ class Family:
 
 ARCHITECTURES = {
     "LlamaForCausalLM": Family(kv_heads_optional=True, max_positions=2048),
-    "MistralForCausalLM": Family(qkv_bias=False, out_bias=False, windowed=True, max_positions=131072),
-    "Qwen2ForCausalLM": Family(qkv_bias=True, out_bias=False),
-    "Qwen3ForCausalLM": Family(qk_norm=True, default_head_dim=128),
+    "MistralForCausalLM": Family(qkv_bias=False, out_bias=False, window="all layers", max_positions=131072),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, out_bias=False, window="by switch"),
+    "Qwen3ForCausalLM": Family(qk_norm=True, default_head_dim=128, window="by switch"),
 }
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
@@ -127,6 +127,8 @@ class Config(msgspec.Struct, frozen=True):
     use_sliding_window: bool = False
     max_window_layers: int = 28
     layer_types: tuple[str, ...] | None = None
+    quantization_config: None = None  # read_spec refuses another
+    use_mrope: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,13 @@ def adapt(architecture: str, data: bytes, path: Path) -> Adapted:
     config = json_file.decode(data, Config, path)
     if config.num_hidden_layers > MAX_LAYERS:
         raise DataError(f"{path}: num_hidden_layers is {config.num_hidden_layers}; at most {MAX_LAYERS} are supported")
+    if config.use_mrope:
+        raise DataError(f"{path}: use_mrope is not supported")
     fields = json_file.decode(data, dict[str, msgspec.Raw], path)
     for name, rope in (("rope_parameters", config.rope_parameters), ("rope_scaling", config.rope_scaling)):
         if rope is not None:
             _check_rope(bytes(fields[name]), rope, f"{path}: {name}")
-    keys = fields.keys()
-    unknown = tuple(sorted(keys - HARMLESS - set(Config.__struct_fields__)))
+    unknown = tuple(sorted(fields.keys() - HARMLESS - set(Config.__struct_fields__)))
     remote = [key for key in unknown if key in ("auto_map", "trust_remote_code")]
     if remote:
         raise DataError(f"{path}: {remote[0]} asks for code from the checkpoint; lbq never runs it")
@@ -259,17 +262,17 @@ def _rope(config: Config, head_dim: int, path: Path) -> Rope:
 def _windows(family: Family, config: Config, path: Path) -> tuple[int | None, ...]:
     """Each layer's sliding window, or None for full attention."""
     layers = config.num_hidden_layers
-    window = None
-    if family.windowed or config.use_sliding_window:
-        window = 4096 if config.sliding_window is msgspec.UNSET else config.sliding_window
-    if config.layer_types is None:
-        first = 0 if family.windowed else config.max_window_layers
-        return tuple(window if i >= first else None for i in range(layers))
-    if len(config.layer_types) != layers:
-        raise DataError(f"{path}: {len(config.layer_types)} layer_types for {layers} layers")
-    odd = set(config.layer_types) - {"full_attention", "sliding_attention"}
-    if odd:
+    meant = family.window == "all layers" or (family.window == "by switch" and config.use_sliding_window)
+    window = (4096 if config.sliding_window is msgspec.UNSET else config.sliding_window) if meant else None
+    first = config.max_window_layers if family.window == "by switch" else 0
+    default = tuple("sliding_attention" if window and i >= first else "full_attention" for i in range(layers))
+    types = config.layer_types or default
+    if len(types) != layers:
+        raise DataError(f"{path}: {len(types)} layer_types for {layers} layers")
+    if odd := set(types) - {"full_attention", "sliding_attention"}:
         raise DataError(f"{path}: layer type {min(odd)!r} is not supported")
-    if "sliding_attention" in config.layer_types and window is None:
+    if "sliding_attention" in types and window is None:
         raise DataError(f"{path}: layer_types has sliding_attention but no sliding window is set")
-    return tuple(window if t == "sliding_attention" else None for t in config.layer_types)
+    if family.window != "by switch" and types != default:
+        raise DataError(f"{path}: this architecture does not mix layer_types")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)

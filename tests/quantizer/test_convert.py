@@ -396,7 +396,7 @@ def test_default_output(checkpoints: Mapping[str, Path], tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert convert(checkpoints["llama"], group=32).path == Path("llama-int4-g32")
     assert (tmp_path / "llama-int4-g32" / "lbq.json").is_file()
-    assert convert(checkpoints["llama"], bits=8).path == Path("llama-int8-grow")
+    assert convert(checkpoints["llama"], bits=8).path == Path("llama-int8-row")
 
 
 def test_a_name_that_is_not_utf8(write_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

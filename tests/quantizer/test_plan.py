@@ -84,7 +84,7 @@ def test_groups_that_do_not_fit_fall_back(
     assert len(said) == (width % asked != 0)
     if said:
         what = f"groups of {given}" if given else "one scale a row"
-        assert said == [f"{width} inputs do not divide into groups of {asked}: {what} instead (once)"]
+        assert said == [f"{width} inputs do not divide into groups of {asked}: {what} instead (1 layer)"]
         with pytest.raises(UsageError, match=r"refused under --strict: .* inputs do not divide"):
             plan(folder, bits, asked, lm_head=16, strict=True)
 
@@ -119,7 +119,7 @@ def test_a_fused_unit_is_never_split(
     (said,) = made.notes
     assert "fused: widened to all of them" in said
     assert all(part in said for part in parts)
-    assert said.endswith("(once)" if "layers.0" in str(options) else "(2 times)")
+    assert said.endswith("(1 unit)" if "layers.0" in str(options) else "(2 units)")
     with pytest.raises(UsageError, match="refused under --strict"):
         plan(checkpoints["llama"], strict=True, **options)
 

@@ -42,14 +42,14 @@ def test_groups_that_do_not_exist(group: int | str) -> None:
     ("text", "pattern", "expected"),
     [
         ("down_proj=8", "down_proj", Scheme(8, None)),
-        ("down_proj=4", "down_proj", Scheme(4, 128)),
+        ("down_proj=4", "down_proj", Scheme(4, 64)),
         ("layers.0=8:128", "layers.0", Scheme(8, 128)),
         ("layers.[0-3].mlp=3:row", "layers.[0-3].mlp", Scheme(3, None)),
         ("a=b=8", "a=b", Scheme(8, None)),
     ],
 )
 def test_override(text: str, pattern: str, expected: Scheme) -> None:
-    assert Override.parse(text) == Override(pattern, expected, text)
+    assert Override.parse(text, Scheme(4, 64)) == Override(pattern, expected, text)
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,7 @@ def test_matches(pattern: str) -> None:
 )
 def test_does_not_match(pattern: str) -> None:
     assert not matches(pattern, DOWN)
+
+
+def test_an_override_beside_eight_bits_has_the_default_group() -> None:
+    assert Override.parse("down_proj=4", Scheme(8, None)).scheme == Scheme(4, 128)

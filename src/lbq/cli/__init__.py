@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -41,6 +42,9 @@ for command in (convert, inspect, verify, run):
 def main() -> NoReturn:
     """Run the command line and exit."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text that a terminal cannot show is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(_run())
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq ru
 @click.option("--lm-head", type=int, default=8, show_default=True, help="Bits of the output head: 8, 4 or 16.")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Linear layers that stay BF16. Repeatable.")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="PATTERN=BITS", help="Mixed bits, as down_proj=8. Repeatable."
+    "--set", "overrides", multiple=True, metavar="PATTERN=BITS[:GROUP]", help="Mixed bits, as down_proj=8. Repeatable."
 )
 @click.option("--for", "readers", metavar="TOOLS", help="vllm,sglang: store groups that their fast kernels take.")
 @click.option("--out", type=click.Path(path_type=Path), help="The artifact's folder.  [./NAME-int4-g256]")
@@ -53,8 +53,7 @@ def convert(
 
     A PATTERN names a layer by whole components of its name, as a shell glob: down_proj, layers.0, layers.[0-3].mlp.
     """
-    from lbq.formats.staging import check_target
-    from lbq.quantizer.convert import prepare, write_artifact
+    from lbq.quantizer.convert import check_output, prepare, write_artifact
     from lbq.quantizer.request import make_request
     from lbq.quantizer.source import resolve
 
@@ -68,6 +67,8 @@ def convert(
         max_shard_bytes=max_shard_bytes,
         strict=strict,
     )
+    if out is not None and not dry_run:
+        check_output(model, out, overwrite=overwrite)
     source = resolve(model, revision)
     prepared = prepare(source, request)
     target = out or Path(prepared.default_name())
@@ -76,7 +77,6 @@ def convert(
     if dry_run:
         _print_plan(prepared, target, as_json)
         return
-    check_target(target, source.folder, overwrite=overwrite)
     with progress("Converting", len(prepared.plan.steps), prepared.source_bytes) as bar:
         done = write_artifact(prepared, target, overwrite=overwrite, device=device, on_progress=bar.advance)
     _print_result(done, as_json)
@@ -102,8 +102,8 @@ def _print_plan(prepared: Prepared, target: Path, as_json: bool) -> None:
     for step in plan.steps:
         if isinstance(step, Quantize):
             entry = step.entry
-            becomes = ("row" if entry.group == entry.k else f"g{entry.group}", f"INT{entry.bits}")
-            key = (pattern(step.module), f"{entry.n}×{entry.k}", becomes[1], becomes[0])
+            group = "row" if entry.group == entry.k else str(entry.group)
+            key = (pattern(step.module), f"{entry.n}×{entry.k}", f"INT{entry.bits}", group)
         else:
             key = (pattern(step.name), "×".join(map(str, step.shape)), "BF16", "")
         found = rows.setdefault(key, [0, 0])
