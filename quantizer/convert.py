@@ -30,7 +30,7 @@ from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
 from lbq.quantizer.request import SHARD_BYTES, Request, make_request
 from lbq.quantizer.rtn import DEFAULT_RULES, UnquantizableWeightError, quantize
 from lbq.quantizer.shards import Shards
-from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, resolve
+from lbq.quantizer.source import TOKENIZER, Hasher, SourceFolder, check_tokenizer, resolve
 
 CPU_BLOCK = 1 << 21  # weights quantised at a time: float32 temporaries that stay near the caches
 GPU_BLOCK = 1 << 26
@@ -133,7 +133,12 @@ def prepare(source: SourceFolder, request: Request) -> Prepared:
     adapted = read_spec(source.folder)
     check_tokenizer(source.folder, adapted.spec.vocab_size)
     checkpoint = open_checkpoint(source.folder)
-    plan = make_plan(adapted.spec, checkpoint, request, adapted.unknown_keys, _head_differs(adapted.spec, checkpoint))
+    notes = []
+    if adapted.unknown_keys:
+        notes.append(f"config.json: unknown keys are ignored: {', '.join(adapted.unknown_keys)}")
+    if not (source.folder / TOKENIZER).is_file():
+        notes.append(f"no {TOKENIZER}: the artifact has no text until the tokenizer is saved in this form")
+    plan = make_plan(adapted.spec, checkpoint, request, notes, _head_differs(adapted.spec, checkpoint))
     return Prepared(source, request, checkpoint, plan, adapted.unknown_keys)
 
 

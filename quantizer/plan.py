@@ -7,7 +7,7 @@ What differs from the request is a note; a note is said on the screen, kept in r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -100,18 +100,18 @@ def make_plan(
     spec: ModelSpec,
     checkpoint: Checkpoint,
     request: Request,
-    unknown_keys: tuple[str, ...] = (),
+    notes: Iterable[str] = (),
     head_differs: bool = False,
 ) -> Plan:
     """Decide every tensor's fate.
 
-    ``unknown_keys`` of the config were not understood. ``head_differs``: the checkpoint is tied by its config and yet
-    saves a head of its own that is not the embedding.
+    ``notes`` are what there is to say so far. ``head_differs``: the checkpoint is tied by its config and yet saves a
+    head of its own that is not the embedding.
 
     Raises DataError where the checkpoint does not hold what the spec needs or holds what nobody knows, UsageError for
     a pattern that names nothing and, under ``request.strict``, for anything that would be a note.
     """
-    notes = [f"config.json: unknown keys are ignored: {', '.join(unknown_keys)}"] if unknown_keys else []
+    notes = list(notes)
     schemes = _schemes(spec, request, notes)
     tied_source = spec.tied and not head_differs
     _check_names(spec, checkpoint, tied_source)

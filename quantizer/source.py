@@ -17,9 +17,10 @@ from lbq.formats.errors import DataError, LbqError, RemoteError, StorageError, U
 from lbq.formats.json_file import read_bytes
 from lbq.formats.manifest import FileEntry
 
+TOKENIZER = "tokenizer.json"
 # Files that travel with a model besides config.json and the weights.
 COMPANIONS = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -89,7 +90,7 @@ def _download(name: str, revision: str | None) -> SourceFolder:
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """Raise DataError for a ``tokenizer.json`` that cannot be read, or that makes ids beyond ``vocab_size``."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     if not path.is_file():
         return
     try:

@@ -324,3 +324,47 @@ def test_what_is_shown() -> None:
         "5000.0 GB",
     ]
     assert plain("a\tb\n\x1b[0m\u202e\udcff é×") == r"a\tb\n\x1b[0m\u202e\udcff é×"
+
+
+def test_a_checkpoint_without_a_tokenizer(make_checkpoint: Callable[..., Path], lbq: Lbq, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    (source / "tokenizer.json").unlink()
+    done = lbq("convert", source, "--gs", "32", "--out", tmp_path / "out")
+    assert done.code == 0
+    assert done.err.startswith("note: no tokenizer.json")
+    assert "Run it" not in done.out
+    assert lbq("convert", source, "--gs", "32", "--out", tmp_path / "strict", "--strict").code == 2
+
+
+def test_outputs_are_refused_before_a_download(lbq: Lbq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # calling it would be a TypeError
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert lbq("convert", "someone/model", "--out", tmp_path).code == 4
+
+
+@pytest.mark.parametrize("name", ["./typo", "../typo", "a/b/c", "typo"])
+def test_names_that_are_no_hub_ids(name: str, lbq: Lbq) -> None:
+    done = lbq("convert", name)
+    assert (done.code, "no such folder" in done.error) == (4, True)
+
+
+def test_overrides_take_the_group(checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path) -> None:
+    assert (
+        lbq("convert", checkpoints["llama"], "--gs", "32", "--set", "down_proj=3", "--out", tmp_path / "out").code == 0
+    )
+    entry = read_manifest(tmp_path / "out").quantized["model.layers.0.mlp.down_proj"]
+    assert (entry.bits, entry.group) == (3, 32)
+
+
+def test_three_bits_for_sglang_are_said(checkpoints: Mapping[str, Path], lbq: Lbq) -> None:
+    done = lbq("convert", checkpoints["llama"], "--bits", "3", "--gs", "32", "--for", "sglang", "--dry-run", "--strict")
+    assert (done.code, "SGLang does not read 3-bit" in done.error) == (2, True)
+
+
+def test_unknown_keys_stay_behind(make_checkpoint: Callable[..., Path], lbq: Lbq, tmp_path: Path) -> None:
+    source = make_checkpoint(attn_implementation="someone/kernels")
+    done = lbq("convert", source, "--gs", "32", "--out", tmp_path / "out")
+    assert "unknown keys are ignored: attn_implementation" in done.err
+    assert "attn_implementation" not in json.loads((tmp_path / "out/config.json").read_text())

@@ -307,3 +307,14 @@ def test_not_a_config(text: str, tmp_path: Path) -> None:
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no config\.json"):
         read_spec(tmp_path)
+
+
+def test_layer_types_and_windows_follow_the_family(make_checkpoint: Callable[..., Path]) -> None:
+    mixed = ["sliding_attention", "full_attention"]
+    with pytest.raises(DataError, match="does not mix layer_types"):
+        read_spec(make_checkpoint("mistral", layer_types=mixed))
+
+
+def test_llama_has_no_window(make_checkpoint: Callable[..., Path]) -> None:
+    spec = read_spec(make_checkpoint("llama", use_sliding_window=True, sliding_window=5, max_window_layers=0)).spec
+    assert [spec.layer(i).mixer.window for i in range(2)] == [None, None]

@@ -147,4 +147,5 @@ def _print_result(done: Conversion, as_json: bool) -> None:
         f"{done.path}: {size(nbytes)}, {summary.bits_per_weight:.2f} bits a quantized weight; "
         f"weight cosine {summary.cosine:.5f}, error {summary.relative_error:.2%}"
     )
-    click.echo(f"Run it: lbq run {done.path}")
+    if "tokenizer.json" in manifest.files:
+        click.echo(f"Run it: lbq run {done.path}")
