@@ -108,6 +108,19 @@ class _Version(msgspec.Struct):
     lbq_format: int
 
 
+class _Files(msgspec.Struct):
+    files: dict[str, msgspec.Raw]
+
+
+def file_names(folder: Path) -> frozenset[str]:
+    """The files that ``folder/lbq.json``, of any version, says the artifact has, and itself.
+
+    Raises DataError for one that does not say, StorageError where it cannot be read.
+    """
+    path = folder / MANIFEST
+    return frozenset(json_file.read(path, _Files).files) | {MANIFEST}
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read ``folder/lbq.json``.
 

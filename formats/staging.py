@@ -20,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lbq.formats.disk import Written, check_plain_name, storage_errors, sync_folder, write_at
-from lbq.formats.errors import BusyError, StorageError, UsageError
-from lbq.formats.manifest import MANIFEST
+from lbq.formats.disk import Written, check_plain_name, shown, storage_errors, sync_folder, write_at
+from lbq.formats.errors import BusyError, DataError, StorageError, UsageError
+from lbq.formats.manifest import MANIFEST, file_names
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -32,22 +32,38 @@ def check_target(target: Path, source: Path | None = None, *, overwrite: bool = 
     """Return the absolute ``target``, links followed, if an artifact made of ``source`` may be written there.
 
     Raises :class:`UsageError` if one contains the other, and :class:`StorageError` if the target is neither absent nor
-    an empty folder (nor, with ``overwrite``, an artifact), or if its parent cannot be written.
+    an empty folder (nor, with ``overwrite``, an artifact and nothing else), or if its parent cannot be written.
     """
     real = _resolve(target, source)
     if not os.path.lexists(real):
         return real
     if not real.is_dir():
         raise StorageError(f"{target}: exists and is not a folder; choose another output")
+    if os.path.ismount(real):
+        raise StorageError(f"{target}: a mount point; choose a folder inside it")
     with storage_errors(target):
-        empty = not os.listdir(real)
-    if empty:
+        present = os.listdir(real)
+    if not present:
         return real
     if not (real / MANIFEST).is_file():
         raise StorageError(f"{target}: not empty and not an lbq artifact; choose another output")
     if not overwrite:
         raise StorageError(f"{target}: exists; choose another output, or --overwrite to replace it")
+    _check_all_ours(target, real, present)
     return real
+
+
+def _check_all_ours(target: Path, real: Path, present: list[str]) -> None:
+    try:
+        foreign = sorted(set(present) - file_names(real))
+    except DataError as error:
+        raise StorageError(
+            f"{target}: cannot tell which files are lbq's: {error}; remove the folder, or choose another output"
+        ) from None
+    if foreign:
+        raise StorageError(
+            f"{target}: holds {shown(foreign[0])}, which lbq did not write; move it away, or choose another output"
+        )
 
 
 def _resolve(target: Path, source: Path | None) -> Path:
@@ -113,13 +129,17 @@ class StagedFolder:
         return Written(len(content), hashlib.sha256(content).hexdigest())
 
     def commit(self) -> None:
-        """Put the folder in the place of the target; the last step, after the manifest has been added."""
+        """Put the folder in the place of the target; the last step, after the manifest has been added.
+
+        Raises what :func:`check_target` raises: the target may not be what it was on entry.
+        """
         with storage_errors(self.target):
             unfinished = [name for name in os.listdir(self.folder) if name.endswith(".part")]
             assert not unfinished, f"never finished: {unfinished}"
             sync_folder(self.folder)
-            if not self.target.is_dir() or not os.listdir(self.target):
-                os.rename(self.folder, self.target)
+            check_target(self.target, self._source, overwrite=self._overwrite)
+            if not self._overwrite or not self.target.is_dir() or not os.listdir(self.target):
+                os.rename(self.folder, self.target)  # fails where there is more than an empty folder
             elif not exchange(self.folder, self.target):
                 os.rename(self.target, self._old)
                 os.rename(self.folder, self.target)

@@ -8,6 +8,7 @@ Prints the number of points or rounds that were tried.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -32,14 +33,14 @@ def write_artifact(target: Path, value: int, *, overwrite: bool = True) -> None:
     shards = plan_shards([TensorPlan(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()], 1600)
     with StagedFolder(target, overwrite=overwrite) as stage:
         stage.add_file("config.json", b"%d" % value)
-        hashes = []
+        files = {"config.json": "", "model.safetensors.index.json": ""}
         for name, shard in zip(shard_names(len(shards)), shards, strict=True):
             with ShardWriter(stage.path(name), shard) as writer:
                 for plan in shard:
                     writer.write(plan.name, tensors[plan.name])
-                hashes.append(writer.finish().sha256)
+                files[name] = writer.finish().sha256
         stage.add_file("model.safetensors.index.json", index_json(shards))
-        stage.add_file("lbq.json", " ".join(hashes).encode())
+        stage.add_file("lbq.json", json.dumps({"files": files}).encode())
         stage.commit()
 
 
@@ -166,7 +167,7 @@ def race(folder: Path, writers: int = 4, turns: int = 25) -> int:
         try:
             with StagedFolder(target, overwrite=True) as stage:
                 os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
-                stage.add_file("lbq.json", b"%d" % number)
+                stage.add_file("lbq.json", b'{"files": {}, "number": %d}' % number)
                 os.unlink(folder / "inside")
                 stage.commit()
         except BusyError:

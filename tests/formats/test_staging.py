@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,15 @@ from lbq.formats.errors import BusyError, DataError, StorageError, UsageError
 from lbq.formats.staging import StagedFolder, check_target
 
 HARNESS = Path(__file__).with_name("staging_harness.py")
-FILES = {"config.json": b"{}", "lbq.json": b"manifest"}
+
+
+def manifest(*names: str, note: str = "") -> bytes:
+    """As much of a manifest as staging looks at."""
+    return json.dumps({"lbq_format": 99, "files": dict.fromkeys(names, 0), "note": note}).encode()
+
+
+FILES = {"config.json": b"{}", "lbq.json": manifest("config.json")}
+OLD = {"lbq.json": manifest(note="old")}
 
 
 def stage_files(target: Path, files: dict[str, bytes] = FILES, *, overwrite: bool = False) -> None:
@@ -107,7 +116,6 @@ def test_the_second_writer_is_told_at_once(tmp_path: Path) -> None:
         first.add_file("lbq.json", b"1")
         first.commit()
     assert content(target) == {"lbq.json": b"1"}
-    stage_files(target, overwrite=True)
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -119,14 +127,82 @@ def test_overwrite_replaces_artifacts_only(tmp_path: Path, can_exchange: bool, m
     stage_files(target)  # an empty folder is as good as none
     with pytest.raises(StorageError, match="--overwrite"):
         stage_files(target)
-    stage_files(target, {"lbq.json": b"2"}, overwrite=True)
-    assert content(target) == {"lbq.json": b"2"}
+    stage_files(target, OLD, overwrite=True)
+    assert content(target) == OLD
     (target / "lbq.json").rename(target / "precious")
     for overwrite in (False, True):
         with pytest.raises(StorageError, match="not an lbq artifact"):
             stage_files(target, overwrite=overwrite)
-    assert content(target) == {"precious": b"2"}
+    assert content(target) == {"precious": OLD["lbq.json"]}
     assert os.listdir(tmp_path) == ["artifact"]
+
+
+def test_overwrite_keeps_what_lbq_did_not_write(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    stage_files(target)
+    (target / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(StorageError, match=r"holds 'notes\.txt', which lbq did not write"):
+        stage_files(target, overwrite=True)
+    assert content(target) == FILES | {"notes.txt": b"mine"}
+    (target / "notes.txt").unlink()
+    (target / "lbq.json").write_bytes(b"{")
+    with pytest.raises(StorageError, match=r"artifact: cannot tell which files are lbq's: .*lbq\.json"):
+        stage_files(target, overwrite=True)
+    assert content(target) == FILES | {"lbq.json": b"{"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_what_appears_during_the_work_is_kept(
+    tmp_path: Path, overwrite: bool, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(staging, "exchange", lambda *_: False)
+    target = tmp_path / "artifact"
+
+    def convert_beside(new: dict[str, bytes]) -> None:
+        with StagedFolder(target, overwrite=overwrite) as stage:
+            stage.add_file("lbq.json", FILES["lbq.json"])
+            target.mkdir()
+            for name, data in new.items():
+                (target / name).write_bytes(data)
+            stage.commit()
+
+    with pytest.raises(StorageError, match="not empty and not an lbq artifact"):
+        convert_beside({"precious": b"mine"})
+    assert content(target) == {"precious": b"mine"}
+    assert os.listdir(tmp_path) == ["artifact"]
+
+
+def test_what_appears_at_the_last_moment_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even between the check and the rename."""
+    target = tmp_path / "artifact"
+
+    def look_and_then_write(*args: Any, **options: Any) -> Path:
+        real = check_target(*args, **options)
+        (target / "precious").write_bytes(b"mine")
+        return real
+
+    target.mkdir()
+    with StagedFolder(target) as stage:
+        stage.add_file("lbq.json", b"")
+        monkeypatch.setattr(staging, "check_target", look_and_then_write)
+        with pytest.raises(StorageError, match="not empty"):
+            stage.commit()
+    assert content(target) == {"precious": b"mine"}
+    assert os.listdir(tmp_path) == ["artifact"]
+
+
+def test_a_mount_point_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be renamed onto it."""
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(StorageError, match="mount point; choose a folder inside it"):
+        check_target(tmp_path / "volume")
+    with pytest.raises(StorageError, match="mount point"), StagedFolder(tmp_path / "volume"):
+        pass
+    stage_files(tmp_path / "volume" / "artifact")
+    assert os.listdir(tmp_path) == ["volume"]
 
 
 def test_an_old_artifact_without_successor_is_put_back(tmp_path: Path) -> None:
@@ -196,7 +272,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, point: int, error: BaseException) -
     return lambda: seen >= point
 
 
-@pytest.mark.parametrize("old", [None, {"lbq.json": b"old"}])
+@pytest.mark.parametrize("old", [None, OLD])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_failure_at_every_point(
     tmp_path: Path, old: dict[str, bytes] | None, error: BaseException, monkeypatch: pytest.MonkeyPatch
