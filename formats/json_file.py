@@ -9,6 +9,7 @@ from typing import TypeVar
 import msgspec
 
 from lbq.formats.errors import DataError, StorageError
+from lbq.formats.unique_keys import check_unique_keys
 
 T = TypeVar("T")
 
@@ -30,7 +31,14 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def decode(data: bytes, kind: type[T], where: object) -> T:
-    """Decode strictly into ``kind``; DataError names ``where`` and the field."""
+    """Decode strictly into ``kind``; DataError names ``where`` and the field, or a key that an object has twice."""
+    value = decode_last(data, kind, where)
+    check_unique_keys(data, where)
+    return value
+
+
+def decode_last(data: bytes, kind: type[T], where: object) -> T:
+    """:func:`decode` for text whose keys are checked elsewhere: of equal keys the last counts."""
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
+
+from lbq.formats import json_file
+from lbq.formats.errors import DataError
+from lbq.formats.manifest import REPORT
 
 VERSION = 1
 
@@ -31,3 +37,20 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     report_format: int
     modules: tuple[ModuleReport, ...]
     notes: tuple[str, ...]
+
+
+class _Version(msgspec.Struct):
+    report_format: int
+
+
+def read_report(folder: Path) -> Report:
+    """Read ``folder/report.json``.
+
+    Raises DataError for a version this lbq does not know or a field that is wrong, StorageError where there is none.
+    """
+    path = folder / REPORT
+    data = json_file.read_bytes(path)
+    version = json_file.decode(data, _Version, path).report_format
+    if version != VERSION:
+        raise DataError(f"{path}: format version {version}; this lbq reads version {VERSION}: upgrade lbq")
+    return json_file.decode(data, Report, path)

@@ -25,7 +25,7 @@ import torch
 
 from lbq.formats.disk import check_plain_name, listed, shown, storage_errors
 from lbq.formats.errors import DataError, StorageError
-from lbq.formats.json_file import decode, read_bytes
+from lbq.formats.json_file import decode_last, read
 from lbq.formats.unique_keys import check_unique_keys
 
 # Bounds time and memory on hostile input; 150,000 tensors in one file fit.
@@ -179,15 +179,13 @@ def parse_header(path: Path, header: bytes, size: int) -> tuple[Mapping[str, Ten
     """Decode and check the header of a file of ``size`` bytes: (tensors in the order of their data, metadata)."""
     if header[:1] != b"{":
         raise DataError(f"{path}: the header is not a JSON object; not a safetensors file")
-    entries = decode(header, dict[str, msgspec.Raw], f"{path}: header")
-    keys = 4 * len(entries)  # each entry has three keys of its own
+    entries = decode_last(header, dict[str, msgspec.Raw], f"{path}: header")
     metadata: dict[str, str] = {}
     if "__metadata__" in entries:
-        metadata = decode(bytes(entries.pop("__metadata__")), dict[str, str], f"{path}: header: __metadata__")
-        keys += len(metadata) - 3
+        metadata = decode_last(bytes(entries.pop("__metadata__")), dict[str, str], f"{path}: header: __metadata__")
     base = 8 + len(header)
     tensors = [_tensor_info(f"{path}: tensor {shown(name)}", name, raw, base) for name, raw in entries.items()]
-    check_unique_keys(header, keys, f"{path}: header")
+    check_unique_keys(header, f"{path}: header")
     tensors.sort(key=lambda info: (info.start, info.stop))
     _check_layout(path, tensors, base, size)
     return MappingProxyType({info.name: info for info in tensors}), MappingProxyType(metadata)
@@ -197,7 +195,7 @@ def _tensor_info(where: str, name: str, raw: msgspec.Raw, base: int) -> TensorIn
     text = bytes(raw)
     if len(text) > MAX_ENTRY:
         raise DataError(f"{where}: header entry of {len(text)} bytes")
-    entry = decode(text, HeaderEntry, where)
+    entry = decode_last(text, HeaderEntry, where)
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:
         raise DataError(f"{where}: unknown dtype {shown(entry.dtype)}")
@@ -279,7 +277,7 @@ class Checkpoint:
 
 
 class _Index(msgspec.Struct, frozen=True):
-    weight_map: msgspec.Raw
+    weight_map: dict[str, str]
 
 
 def open_checkpoint(folder: Path, stem: str = "model") -> Checkpoint:
@@ -296,7 +294,7 @@ def open_checkpoint(folder: Path, stem: str = "model") -> Checkpoint:
     if index not in present:
         raise DataError(f"{folder}: {_no_weights(single, present)}")
     path = folder / index
-    weight_map = _read_index(path)
+    weight_map = read(path, _Index, MAX_HEADER).weight_map
     shards = list(dict.fromkeys(check_plain_name(shard, str(path)) for shard in weight_map.values()))
     if gone := [shard for shard in shards if shard not in present]:
         raise DataError(f"{path}: missing files: {listed(gone)}; fetch them")
@@ -320,13 +318,6 @@ def _no_weights(single: str, present: list[str]) -> str:
             "get the model as safetensors"
         )
     return f"neither {single} nor {single}.index.json"
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    raw = bytes(decode(read_bytes(path, MAX_HEADER), _Index, path).weight_map)
-    weight_map = decode(raw, dict[str, str], f"{path}: weight_map")
-    check_unique_keys(raw, len(weight_map), f"{path}: weight_map")
-    return weight_map
 
 
 def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile]) -> None:

@@ -35,16 +35,15 @@ def inspect(artifact: Path, layers: bool, as_json: bool) -> None:
 
 def _cosines(artifact: Path, manifest: Manifest) -> dict[str, float]:
     """Each quantized layer's cosine, from the report."""
-    from lbq.formats import json_file
     from lbq.formats.errors import DataError
     from lbq.formats.manifest import REPORT
-    from lbq.formats.report import Report
+    from lbq.formats.report import read_report
 
-    path = artifact / REPORT
     if REPORT not in manifest.files:
         raise DataError(f"{artifact}: no {REPORT}; convert the artifact again")
-    cosines = {m.name: m.cosine for m in json_file.read(path, Report).modules}
+    cosines = {m.name: m.cosine for m in read_report(artifact).modules}
     if cosines.keys() != manifest.quantized.keys():
+        path = artifact / REPORT
         raise DataError(f"{path}: its layers are not those of the manifest; fetch or convert the artifact again")
     return cosines
 
