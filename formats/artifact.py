@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from lbq.formats.disk import hash_file, listed
+from lbq.formats.disk import FileEntry, hash_file, listed
 from lbq.formats.errors import DataError
-from lbq.formats.manifest import MANIFEST, FileEntry, Manifest, QuantizedModule, read_manifest
+from lbq.formats.manifest import MANIFEST, Manifest, QuantizedModule, read_manifest
 from lbq.formats.packing import SCALE_DTYPE, PackedWeight, packed_words
 from lbq.formats.safetensors_file import Checkpoint, open_checkpoint
 from lbq.formats.safetensors_writer import TensorPlan
@@ -38,11 +39,11 @@ class Artifact:
         self._checkpoint = checkpoint
 
     def is_quantized(self, module: str) -> bool:
-        """Whether the linear layer ``module`` is stored as codes."""
+        """Whether the linear layer ``module`` is stored as codes; False for a name that is unknown, too."""
         return module in self.manifest.quantized
 
     def packed(self, module: str) -> PackedWeight:
-        """A quantised linear layer."""
+        """The codes and scales of a quantised linear layer; KeyError for any other module."""
         entry = self.manifest.quantized[module]
         words, scales, _ = packed_tensors(module, entry)
         return PackedWeight(
@@ -50,11 +51,11 @@ class Artifact:
         )
 
     def dense(self, name: str) -> torch.Tensor:
-        """A BF16 tensor by its full name, ``….weight`` or ``….bias``."""
+        """A BF16 tensor by its full name, ``….weight`` or ``….bias``; DataError for a name that is unknown."""
         return self._checkpoint.tensor(name)
 
     def release(self, module: str) -> None:
-        """Drop the resident pages of a quantised layer: it has been copied elsewhere."""
+        """Drop the resident pages of a quantised layer that has been copied; KeyError for any other module."""
         for tensor in packed_tensors(module, self.manifest.quantized[module]):
             self._checkpoint.release(tensor.name)
 
@@ -98,18 +99,18 @@ def open_artifact(folder: Path | str) -> Artifact:
     return artifact
 
 
-def verify(folder: Path | str, on_bytes: Callable[[str, int], None] | None = None) -> Iterator[tuple[str, str | None]]:
-    """Hash every file. Yields (file name, what is wrong or None); ``on_bytes(name, n)`` reports progress.
+def verify(
+    folder: Path, manifest: Manifest, on_bytes: Callable[[str, int], None] | None = None
+) -> Iterator[tuple[str, str | None]]:
+    """Hash every file that the ``manifest`` of ``folder`` lists: (file name, what is wrong or None), one by one.
 
-    Raises like :func:`read_manifest` where there is no manifest to compare with.
+    ``on_bytes(name, n)`` reports progress. Raises StorageError for a file that cannot be read.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        yield name, _file_problem(folder / name, entry, lambda n, name=name: on_bytes(name, n) if on_bytes else None)  # type: ignore[misc]
+        yield name, _file_problem(folder / name, entry, partial(on_bytes, name) if on_bytes else None)
 
 
-def _file_problem(path: Path, entry: FileEntry, on_bytes: Callable[[int], None]) -> str | None:
+def _file_problem(path: Path, entry: FileEntry, on_bytes: Callable[[int], None] | None) -> str | None:
     if not path.is_file():
         return "missing"
     size = path.stat().st_size

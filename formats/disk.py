@@ -8,7 +8,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated
+
+import msgspec
 
 from lbq.formats.errors import DataError, StorageError
 
@@ -16,11 +18,11 @@ BLOCK = 16 << 20  # bytes handled at a time: large enough for full disk speed, s
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
-class Written(NamedTuple):
-    """A file that is on the disk: its size in bytes and the sha256 of its content in hexadecimal."""
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file: its size in bytes and the sha256 of its content in hexadecimal. Also part of the manifest."""
 
-    size: int
-    sha256: str
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-def hash_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> Written:
+def hash_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> FileEntry:
     """Size and sha256 of a file, read block by block; ``on_bytes`` hears of every block."""
     digest, size = hashlib.sha256(), 0
     with storage_errors(path), path.open("rb", buffering=0) as file:
@@ -88,7 +90,7 @@ def hash_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> Writ
             size += count
             if on_bytes:
                 on_bytes(count)
-    return Written(size, digest.hexdigest())
+    return FileEntry(size, digest.hexdigest())
 
 
 def check_plain_name(name: str, where: str) -> str:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
 from lbq.formats import json_file
-from lbq.formats.disk import check_plain_name
+from lbq.formats.disk import FileEntry, check_plain_name
 from lbq.formats.errors import DataError, StorageError
 from lbq.formats.scheme import Scheme
-from lbq.formats.spec import Count, ModelSpec, Name
+from lbq.formats.spec import Count, ModelSpec, Name, Part
 
 MANIFEST = "lbq.json"
 REPORT = "report.json"
 VERSION = 1
 
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
-
-class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of all parts: immutable, and strict about fields it does not know."""
-
-
-class QuantizedModule(_Part, frozen=True):
+class QuantizedModule(Part, frozen=True):
     """One linear layer: ``NAME.weight_packed``, ``NAME.weight_scale``, ``NAME.weight_shape``."""
 
     n: Count
@@ -36,7 +30,7 @@ class QuantizedModule(_Part, frozen=True):
     def __post_init__(self) -> None:
         if self.k % self.group:
             raise ValueError(f"group {self.group} does not divide {self.k}")
-        Scheme(self.bits, None if self.group == self.k else self.group)  # its own checks
+        _ = self.scheme  # its own checks
 
     @property
     def scheme(self) -> Scheme:
@@ -44,21 +38,14 @@ class QuantizedModule(_Part, frozen=True):
         return Scheme(self.bits, None if self.group == self.k else self.group)
 
 
-class DenseTensor(_Part, frozen=True):
+class DenseTensor(Part, frozen=True):
     """A tensor that stays BF16."""
 
     shape: tuple[Count, ...]
     dtype: Literal["bfloat16"] = "bfloat16"
 
 
-class FileEntry(_Part, frozen=True):
-    """A file of the artifact, or of the source."""
-
-    size: Annotated[int, msgspec.Meta(ge=0)]
-    sha256: Sha256
-
-
-class Method(_Part, frozen=True):
+class Method(Part, frozen=True):
     """How codes were found, and the settings asked for."""
 
     name: Literal["rtn"]
@@ -71,7 +58,7 @@ class Method(_Part, frozen=True):
     readers: tuple[str, ...] = ()
 
 
-class Source(_Part, frozen=True):
+class Source(Part, frozen=True):
     """The checkpoint that was read: its name, and its files by hash."""
 
     name: str
@@ -79,7 +66,7 @@ class Source(_Part, frozen=True):
     files: dict[str, FileEntry]
 
 
-class Summary(_Part, frozen=True):
+class Summary(Part, frozen=True):
     """The report's totals over quantised weights, each weight counted once."""
 
     weights: int
@@ -89,7 +76,7 @@ class Summary(_Part, frozen=True):
     relative_error: float
 
 
-class Manifest(_Part, frozen=True):
+class Manifest(Part, frozen=True):
     """All of ``lbq.json``. ``notes`` are the things that differ from what was asked for, as they were said."""
 
     lbq_format: int

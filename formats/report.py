@@ -9,11 +9,12 @@ import msgspec
 from lbq.formats import json_file
 from lbq.formats.errors import DataError
 from lbq.formats.manifest import REPORT
+from lbq.formats.spec import Part
 
 VERSION = 1
 
 
-class ModuleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ModuleReport(Part, frozen=True):
     """One linear layer, its weights against those of the source.
 
     ``cosine`` is ⟨W, Ŵ⟩ / (‖W‖ ‖Ŵ‖), ``relative_error`` ‖W − Ŵ‖ / ‖W‖, ``worst_row_error`` the largest relative error
@@ -31,7 +32,7 @@ class ModuleReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     worst_row: int
 
 
-class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Report(Part, frozen=True):
     """The whole report; totals are in the manifest's summary."""
 
     report_format: int

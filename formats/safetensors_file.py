@@ -28,6 +28,9 @@ from lbq.formats.errors import DataError, StorageError
 from lbq.formats.json_file import decode_last, read
 from lbq.formats.unique_keys import check_unique_keys
 
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+
 # Bounds time and memory on hostile input; 150,000 tensors in one file fit.
 MAX_HEADER: Final = 16 << 20
 MAX_ENTRY: Final = 4096  # bytes of one tensor's entry: more than its largest shape needs
@@ -84,6 +87,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its data."""
         return self.stop - self.start
 
 
@@ -101,7 +105,7 @@ class SafetensorsFile:
             try:
                 size = os.fstat(descriptor).st_size
                 header = _read_header(path, descriptor, size)
-                self.tensors, self.metadata = parse_header(path, header, size)
+                self.tensors = parse_header(path, header, size)
                 mapping = mmap.mmap(descriptor, size, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             finally:
                 os.close(descriptor)
@@ -175,20 +179,19 @@ def _read_header(path: Path, descriptor: int, size: int) -> bytes:
     return header
 
 
-def parse_header(path: Path, header: bytes, size: int) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
-    """Decode and check the header of a file of ``size`` bytes: (tensors in the order of their data, metadata)."""
+def parse_header(path: Path, header: bytes, size: int) -> Mapping[str, TensorInfo]:
+    """Decode and check the header of a file of ``size`` bytes; gives its tensors in the order of their data."""
     if header[:1] != b"{":
         raise DataError(f"{path}: the header is not a JSON object; not a safetensors file")
     entries = decode_last(header, dict[str, msgspec.Raw], f"{path}: header")
-    metadata: dict[str, str] = {}
     if "__metadata__" in entries:
-        metadata = decode_last(bytes(entries.pop("__metadata__")), dict[str, str], f"{path}: header: __metadata__")
+        decode_last(bytes(entries.pop("__metadata__")), dict[str, str], f"{path}: header: __metadata__")
     base = 8 + len(header)
     tensors = [_tensor_info(f"{path}: tensor {shown(name)}", name, raw, base) for name, raw in entries.items()]
     check_unique_keys(header, f"{path}: header")
     tensors.sort(key=lambda info: (info.start, info.stop))
     _check_layout(path, tensors, base, size)
-    return MappingProxyType({info.name: info for info in tensors}), MappingProxyType(metadata)
+    return MappingProxyType({info.name: info for info in tensors})
 
 
 def _tensor_info(where: str, name: str, raw: msgspec.Raw, base: int) -> TensorInfo:
@@ -280,20 +283,19 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-def open_checkpoint(folder: Path, stem: str = "model") -> Checkpoint:
-    """Open ``STEM.safetensors``, or else ``STEM.safetensors.index.json`` and its shards; reads headers only.
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open ``model.safetensors``, or else ``model.safetensors.index.json`` and its shards; reads headers only.
 
     Raises :class:`DataError` where index and shards disagree, where there are only pickles, or where a file is broken;
     :class:`StorageError` for a folder that is missing or cannot be read.
     """
     with storage_errors(folder):
         present = sorted(os.listdir(folder))
-    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-    if single in present:
-        return Checkpoint(folder, {single: SafetensorsFile(folder / single)})
-    if index not in present:
-        raise DataError(f"{folder}: {_no_weights(single, present)}")
-    path = folder / index
+    if SINGLE in present:
+        return Checkpoint(folder, {SINGLE: SafetensorsFile(folder / SINGLE)})
+    if INDEX not in present:
+        raise DataError(f"{folder}: {_no_weights(present)}")
+    path = folder / INDEX
     weight_map = read(path, _Index, MAX_HEADER).weight_map
     shards = list(dict.fromkeys(check_plain_name(shard, str(path)) for shard in weight_map.values()))
     if gone := [shard for shard in shards if shard not in present]:
@@ -310,14 +312,14 @@ def open_checkpoint(folder: Path, stem: str = "model") -> Checkpoint:
     return Checkpoint(folder, files)
 
 
-def _no_weights(single: str, present: list[str]) -> str:
+def _no_weights(present: list[str]) -> str:
     pickles = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
     if pickles:
         return (
             f"only pickled weights ({listed(pickles)}), which lbq never loads because they can run code; "
             "get the model as safetensors"
         )
-    return f"neither {single} nor {single}.index.json"
+    return f"neither {SINGLE} nor {INDEX}"
 
 
 def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile]) -> None:

@@ -6,7 +6,7 @@ The ``safetensors`` package takes a whole shard at once; here a tensor is on the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,8 +17,8 @@ import msgspec
 import torch
 
 from lbq.formats import json_file
-from lbq.formats.disk import BLOCK, Written, hash_file, listed, storage_errors, write_at
-from lbq.formats.safetensors_file import DTYPES, MAX_HEADER, HeaderEntry
+from lbq.formats.disk import BLOCK, FileEntry, hash_file, listed, storage_errors, write_at
+from lbq.formats.safetensors_file import DTYPES, MAX_HEADER, SINGLE, HeaderEntry
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 _RANK: Final = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
@@ -34,6 +34,7 @@ class TensorPlan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its data."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -45,11 +46,11 @@ class ShardWriter:
     :meth:`finish`. Raises :class:`StorageError` when the disk is full or refuses; the caller removes what is left.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[TensorPlan], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, tensors: Iterable[TensorPlan]) -> None:
         self.path = path
         self._part = path.with_name(path.name + ".part")
         plans = sorted(tensors, key=lambda plan: (-_RANK[plan.dtype], plan.name))
-        header, self._left = _header(plans, {"format": "pt"} if metadata is None else metadata)
+        header, self._left = _header(plans)
         self.size = len(header) + sum(plan.nbytes for plan in plans)
         with storage_errors(path, self.size):
             self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -70,7 +71,7 @@ class ShardWriter:
                 write_at(self._descriptor, block.cpu().numpy().data, offset)
                 offset += block.numel()
 
-    def finish(self) -> Written:
+    def finish(self) -> FileEntry:
         """Sync, hash what was written and give the file its name."""
         assert not self._left, f"never written: {listed(list(self._left))}"
         with storage_errors(self.path, self.size):
@@ -94,9 +95,9 @@ class ShardWriter:
         self.close()
 
 
-def _header(plans: list[TensorPlan], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[TensorPlan, int]]]:
+def _header(plans: list[TensorPlan]) -> tuple[bytes, dict[str, tuple[TensorPlan, int]]]:
     """Length and header as bytes, padded with spaces to eight; and where in the file each tensor goes."""
-    content: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     end = 0
     for plan in plans:
@@ -124,16 +125,16 @@ def plan_shards(tensors: Iterable[TensorPlan], max_bytes: int) -> list[list[Tens
     return shards
 
 
-def shard_names(count: int, stem: str = "model") -> list[str]:
+def shard_names(count: int) -> list[str]:
     """The file names that transformers gives to ``count`` shards."""
     if count == 1:
-        return [f"{stem}.safetensors"]
-    return [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        return [SINGLE]
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
-def index_json(shards: Sequence[Sequence[TensorPlan]], stem: str = "model") -> bytes:
-    """The content of ``STEM.safetensors.index.json``, which goes with more than one shard."""
-    names = shard_names(len(shards), stem)
+def index_json(shards: Sequence[Sequence[TensorPlan]]) -> bytes:
+    """The content of ``model.safetensors.index.json``, which goes with more than one shard."""
+    names = shard_names(len(shards))
     weight_map = {plan.name: file for file, shard in zip(names, shards, strict=True) for plan in shard}
     total = sum(plan.nbytes for shard in shards for plan in shard)
     return json_file.encode({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

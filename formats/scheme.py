@@ -22,13 +22,6 @@ class Scheme(msgspec.Struct, frozen=True):
         if self.group is not None and self.group not in GROUPS:
             raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))} or null (a row), not {self.group}")
 
-    def scales_per_row(self, k: int) -> int:
-        """Scales that a row of ``k`` inputs has; the group divides ``k``."""
-        if self.group is None:
-            return 1
-        assert k % self.group == 0
-        return k // self.group
-
 
 def effective_group(k: int, asked: int | None) -> int | None:
     """The group that a matrix with ``k`` inputs gets when ``asked`` was requested; None stands for a whole row.

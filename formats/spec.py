@@ -19,11 +19,11 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 MAX_LAYERS = 4096
 
 
-class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all parts: immutable, and strict about fields it does not know."""
 
 
-class Projection(_Part, frozen=True):
+class Projection(Part, frozen=True):
     """A linear layer y = W x (+ bias): module path, W is [out_features, in_features]."""
 
     name: Name
@@ -36,20 +36,20 @@ class Projection(_Part, frozen=True):
         return msgspec.structs.replace(self, name=self.name.replace("{i}", str(layer)))
 
 
-class Norm(_Part, frozen=True):
+class Norm(Part, frozen=True):
     """Root-mean-square norm over the last axis, y = w · x / √(mean(x²) + eps); ``name`` is the module of w."""
 
     name: Name
     eps: Positive
 
 
-class LinearScaling(_Part, frozen=True, tag="linear"):
+class LinearScaling(Part, frozen=True, tag="linear"):
     """Positions divided by ``factor``."""
 
     factor: Positive
 
 
-class Llama3Scaling(_Part, frozen=True, tag="llama3"):
+class Llama3Scaling(Part, frozen=True, tag="llama3"):
     """Llama 3.1's frequency-dependent stretch (Meta's reference code; ``rope_type: llama3``)."""
 
     factor: Positive
@@ -58,7 +58,7 @@ class Llama3Scaling(_Part, frozen=True, tag="llama3"):
     original_context: Count
 
 
-class Rope(_Part, frozen=True):
+class Rope(Part, frozen=True):
     """Rotary embedding of the first ``dims`` of each head, halves paired (x[j] with x[j + dims/2])."""
 
     theta: Positive
@@ -66,7 +66,7 @@ class Rope(_Part, frozen=True):
     scaling: LinearScaling | Llama3Scaling | None = None
 
 
-class Attention(_Part, frozen=True, tag="attention"):
+class Attention(Part, frozen=True, tag="attention"):
     """Causal grouped-query attention. ``qkv``'s outputs concatenated are q, then k, then v."""
 
     qkv: tuple[Projection, ...]
@@ -81,7 +81,7 @@ class Attention(_Part, frozen=True, tag="attention"):
     window: Count | None = None  # a token sees itself and the window − 1 before it
 
 
-class GatedMlp(_Part, frozen=True, tag="gated_mlp"):
+class GatedMlp(Part, frozen=True, tag="gated_mlp"):
     """down(act(gate(x)) · up(x)). ``gate_up``'s outputs concatenated are gate, then up."""
 
     gate_up: tuple[Projection, ...]
@@ -93,7 +93,7 @@ Mixer = Attention  # a union, once there is a second mixer
 FeedForward = GatedMlp  # likewise
 
 
-class Layer(_Part, frozen=True):
+class Layer(Part, frozen=True):
     """x += mixer(norm(x)); x += mlp(norm(x))."""
 
     mixer_norm: Norm
@@ -102,7 +102,7 @@ class Layer(_Part, frozen=True):
     mlp: FeedForward
 
 
-class ModelSpec(_Part, frozen=True):
+class ModelSpec(Part, frozen=True):
     """A decoder: embedding, layers, norm, head. ``layers[i]`` says which of ``layer_kinds`` layer i is."""
 
     vocab_size: Count

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lbq.formats.disk import Written, check_plain_name, shown, storage_errors, sync_folder, write_at
+from lbq.formats.disk import FileEntry, check_plain_name, shown, storage_errors, sync_folder, write_at
 from lbq.formats.errors import BusyError, DataError, StorageError, UsageError
 from lbq.formats.manifest import MANIFEST, file_names
 
@@ -114,7 +114,7 @@ class StagedFolder:
         """Where to write the file ``name``. The writer syncs it and gives it this name only when it is whole."""
         return self.folder / check_plain_name(name, str(self.target))
 
-    def add_file(self, name: str, content: bytes) -> Written:
+    def add_file(self, name: str, content: bytes) -> FileEntry:
         """Write a small file."""
         path = self.path(name)
         part = path.with_name(name + ".part")
@@ -126,7 +126,7 @@ class StagedFolder:
             finally:
                 os.close(descriptor)
             os.rename(part, path)
-        return Written(len(content), hashlib.sha256(content).hexdigest())
+        return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
     def commit(self) -> None:
         """Put the folder in the place of the target; the last step, after the manifest has been added.

@@ -16,12 +16,12 @@ from lbq.formats import manifest as manifests
 from lbq.formats import report as reports
 from lbq.formats.artifact import DENSE_DTYPE
 from lbq.formats.compressed_tensors import quantization_config
-from lbq.formats.disk import Written, check_plain_name, require_space
+from lbq.formats.disk import FileEntry, check_plain_name, require_space
 from lbq.formats.errors import DataError, DeviceError, UsageError
-from lbq.formats.manifest import MANIFEST, REPORT, FileEntry, Manifest, Method
+from lbq.formats.manifest import MANIFEST, REPORT, Manifest, Method
 from lbq.formats.packing import SCALE_DTYPE, packed_words
 from lbq.formats.report import ModuleReport, Report
-from lbq.formats.safetensors_file import Checkpoint, open_checkpoint
+from lbq.formats.safetensors_file import INDEX, Checkpoint, open_checkpoint
 from lbq.formats.spec import ModelSpec
 from lbq.formats.staging import StagedFolder, check_target
 from lbq.quantizer.families import read_spec
@@ -138,7 +138,7 @@ def prepare(source: SourceFolder, request: Request) -> Prepared:
         notes.append(f"config.json: unknown keys are ignored: {', '.join(adapted.unknown_keys)}")
     if not (source.folder / TOKENIZER).is_file():
         notes.append(f"no {TOKENIZER}: the artifact has no text until the tokenizer is saved in this form")
-    plan = make_plan(adapted.spec, checkpoint, request, notes, _head_differs(adapted.spec, checkpoint))
+    plan = make_plan(adapted.spec, checkpoint, request, notes, head_differs(adapted.spec, checkpoint))
     return Prepared(source, request, checkpoint, plan, adapted.unknown_keys)
 
 
@@ -180,7 +180,7 @@ def write_artifact(
             tools={"lbq": __version__, "torch": str(torch.__version__)},
             summary=totals.summary(plan.bits_per_weight),
             notes=plan.notes,
-            files={name: FileEntry(written.size, written.sha256) for name, written in sorted(files.items())},
+            files=dict(sorted(files.items())),
         )
         stage.add_file(MANIFEST, json_file.encode(manifest))
         stage.commit()
@@ -216,11 +216,11 @@ def _method(request: Request) -> Method:
 
 def _weight_files(prepared: Prepared) -> list[Path]:
     folder = prepared.source.folder
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     return ([index] if index.is_file() else []) + [folder / name for name in sorted(prepared.checkpoint.files)]
 
 
-def _head_differs(spec: ModelSpec, checkpoint: Checkpoint) -> bool:
+def head_differs(spec: ModelSpec, checkpoint: Checkpoint) -> bool:
     """Whether a tied checkpoint saves a head that is not the embedding; transformers then loads them untied."""
     head, embedding = f"{spec.head.name}.weight", f"{spec.embedding}.weight"
     names = checkpoint.names()
@@ -237,7 +237,7 @@ def _head_differs(spec: ModelSpec, checkpoint: Checkpoint) -> bool:
 
 def _write_shards(
     prepared: Prepared, stage: StagedFolder, device: torch.device, on_progress: OnProgress
-) -> tuple[dict[str, Written], list[ModuleReport], Totals]:
+) -> tuple[dict[str, FileEntry], list[ModuleReport], Totals]:
     """All safetensors files, each written front to back while its tensors are made."""
     plan = prepared.plan
     modules: list[ModuleReport] = []

@@ -8,11 +8,10 @@ from typing import Self
 
 import torch
 
-from lbq.formats.disk import Written
+from lbq.formats.disk import FileEntry
+from lbq.formats.safetensors_file import INDEX
 from lbq.formats.safetensors_writer import ShardWriter, TensorPlan, index_json, plan_shards, shard_names
 from lbq.formats.staging import StagedFolder
-
-INDEX = "model.safetensors.index.json"
 
 
 class Shards:
@@ -26,19 +25,19 @@ class Shards:
         self._number = {tensor.name: i for i, shard in enumerate(self._shards) for tensor in shard}
         self._left = [len(shard) for shard in self._shards]
         self._open: dict[int, ShardWriter] = {}
-        self._files: dict[str, Written] = {}
+        self._files: dict[str, FileEntry] = {}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one planned tensor into its shard."""
         i = self._number[name]
         if i not in self._open:
-            self._open[i] = ShardWriter(self._stage.path(self._names[i]), self._shards[i], {"format": "pt"})
+            self._open[i] = ShardWriter(self._stage.path(self._names[i]), self._shards[i])
         self._open[i].write(name, tensor)
         self._left[i] -= 1
         if not self._left[i]:
             self._files[self._names[i]] = self._open.pop(i).finish()
 
-    def finish(self) -> dict[str, Written]:
+    def finish(self) -> dict[str, FileEntry]:
         """After the last tensor: write the index where there are several shards. Returns all files by name."""
         assert not any(self._left), "tensors are missing"
         if len(self._shards) > 1:

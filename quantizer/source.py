@@ -12,10 +12,10 @@ from typing import Self
 
 from tokenizers import Tokenizer
 
-from lbq.formats.disk import hash_file
+from lbq.formats.disk import FileEntry, hash_file
 from lbq.formats.errors import DataError, LbqError, RemoteError, StorageError, UsageError
 from lbq.formats.json_file import read_bytes
-from lbq.formats.manifest import FileEntry
+from lbq.formats.safetensors_file import INDEX, SINGLE
 
 TOKENIZER = "tokenizer.json"
 # Files that travel with a model besides config.json and the weights.
@@ -32,7 +32,7 @@ COMPANIONS = (
     "generation_config.json",
 )
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+WEIGHTS = (SINGLE, "model-*.safetensors", INDEX)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -121,8 +121,7 @@ class Hasher(threading.Thread):
     def run(self) -> None:
         try:
             for path in self._paths:
-                written = hash_file(path, self._go_on)
-                self._entries[path.name] = FileEntry(written.size, written.sha256)
+                self._entries[path.name] = hash_file(path, self._go_on)
         except BaseException as error:
             self._error = error
 

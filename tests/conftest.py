@@ -195,9 +195,7 @@ def reseal() -> Callable[[Path], None]:
     def seal(folder: Path) -> None:
         path = folder / "lbq.json"
         manifest = json.loads(path.read_text())
-        manifest["files"] = {
-            name: hash_file(folder / name)._asdict() for name in manifest["files"] if (folder / name).is_file()
-        }
+        manifest["files"] = {name: hash_file(folder / name) for name in manifest["files"] if (folder / name).is_file()}
         path.write_bytes(json_file.encode(manifest))
 
     return seal

@@ -35,7 +35,7 @@ def some_tensors() -> dict[str, torch.Tensor]:
     return tensors | {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5), "ä": torch.ones(3)}
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], order: list[str]) -> disk.Written:
+def write(path: Path, tensors: dict[str, torch.Tensor], order: list[str]) -> disk.FileEntry:
     with ShardWriter(path, plan_of(tensors)) as writer:
         for name in order:
             writer.write(name, tensors[name])
@@ -51,7 +51,7 @@ def test_bytes_are_the_packages_in_any_order(tmp_path: Path) -> None:
         path = tmp_path / f"{seed}.safetensors"
         written = write(path, {name: tensors[name] for name in sorted(names)}, names)
         assert path.read_bytes() == golden
-        assert written == (len(golden), hashlib.sha256(golden).hexdigest())
+        assert written == disk.FileEntry(len(golden), hashlib.sha256(golden).hexdigest())
     assert sorted(os.listdir(tmp_path)) == ["0.safetensors", "1.safetensors", "2.safetensors"]
 
 

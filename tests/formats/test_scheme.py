@@ -44,8 +44,3 @@ def test_scheme_refuses(bits: int, group: int) -> None:
         Scheme(bits, group)
     with pytest.raises(msgspec.ValidationError, match="must be one of"):
         msgspec.convert({"bits": bits, "group": group}, Scheme)
-
-
-def test_scales_per_row() -> None:
-    assert Scheme(4, 64).scales_per_row(576) == 9
-    assert Scheme(8, None).scales_per_row(577) == 1

@@ -61,7 +61,7 @@ def test_appears_at_commit(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
     with StagedFolder(target) as stage:
         written = stage.add_file("lbq.json", b"abc")
-        assert written == (3, hashlib.sha256(b"abc").hexdigest())
+        assert written == disk.FileEntry(3, hashlib.sha256(b"abc").hexdigest())
         assert not target.exists()
         stage.path("x").write_bytes(b"x")
         stage.commit()
@@ -316,6 +316,6 @@ def test_space_is_required_before_work(tmp_path: Path) -> None:
 def test_files_are_hashed_whole(tmp_path: Path) -> None:
     data = os.urandom((1 << 20) + 17)
     (tmp_path / "x").write_bytes(data)
-    assert disk.hash_file(tmp_path / "x") == (len(data), hashlib.sha256(data).hexdigest())
+    assert disk.hash_file(tmp_path / "x") == disk.FileEntry(len(data), hashlib.sha256(data).hexdigest())
     with pytest.raises(StorageError, match="missing"):
         disk.hash_file(tmp_path / "missing")

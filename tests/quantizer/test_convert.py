@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lbq.formats.artifact import open_artifact, verify
 from lbq.formats.disk import hash_file
 from lbq.formats.errors import BusyError, DataError, DeviceError, StorageError, UsageError
+from lbq.formats.manifest import read_manifest
 from lbq.formats.safetensors_file import open_checkpoint
 from lbq.formats.staging import StagedFolder
 from lbq.quantizer import convert as conversion
@@ -83,12 +85,12 @@ def test_what_an_artifact_holds(checkpoints: Mapping[str, Path], kept_artifact: 
     assert set(manifest["tools"]) == {"lbq", "torch"}
     assert set(manifest["files"]) == set(files) - {"lbq.json"}
     for name, entry in manifest["files"].items():
-        assert entry == hash_file(kept_artifact / name)._asdict()
+        assert entry == msgspec.to_builtins(hash_file(kept_artifact / name))
     assert manifest["source"]["name"] == "llama"
     assert set(manifest["source"]["files"]) == COMPANIONS | {"config.json", "model.safetensors"}
     for name, entry in manifest["source"]["files"].items():
-        assert entry == hash_file(source / name)._asdict()
-    assert list(verify(kept_artifact)) == [(name, None) for name in manifest["files"]]
+        assert entry == msgspec.to_builtins(hash_file(source / name))
+    assert list(verify(kept_artifact, read_manifest(kept_artifact))) == [(name, None) for name in manifest["files"]]
 
 
 def test_config_for_other_readers(checkpoints: Mapping[str, Path], tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ def verify(artifact: Path, as_json: bool) -> None:
     from lbq.formats.errors import DataError
     from lbq.formats.manifest import MANIFEST, read_manifest
 
-    files = read_manifest(artifact).files
+    manifest = read_manifest(artifact)
+    files = manifest.files
     total = sum(entry.size for entry in files.values())
     with progress("Verifying", len(files), total) as bar:
-        found = list(verify_files(artifact, bar.advance))
+        found = list(verify_files(artifact, manifest, bar.advance))
     problems = {name: problem for name, problem in found if problem}
     if not problems:  # the manifest itself has no hash: what it says must fit the headers
         try:
