@@ -24,13 +24,14 @@ from lbq.formats.report import ModuleReport, Report
 from lbq.formats.safetensors_file import INDEX, Checkpoint, open_checkpoint
 from lbq.formats.spec import ModelSpec
 from lbq.formats.staging import StagedFolder, check_target
+from lbq.formats.tokenizer_file import TOKENIZER
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.measure import Meter, Totals
 from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
 from lbq.quantizer.request import SHARD_BYTES, Request, make_request
 from lbq.quantizer.rtn import DEFAULT_RULES, UnquantizableWeightError, quantize
 from lbq.quantizer.shards import Shards
-from lbq.quantizer.source import TOKENIZER, Hasher, SourceFolder, check_tokenizer, resolve
+from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, resolve
 
 CPU_BLOCK = 1 << 21  # weights quantised at a time: float32 temporaries that stay near the caches
 GPU_BLOCK = 1 << 26

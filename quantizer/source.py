@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from tokenizers import Tokenizer
-
 from lbq.formats.disk import FileEntry, hash_file
-from lbq.formats.errors import DataError, LbqError, RemoteError, StorageError, UsageError
-from lbq.formats.json_file import read_bytes
+from lbq.formats.errors import DataError, RemoteError, StorageError, UsageError
 from lbq.formats.safetensors_file import INDEX, SINGLE
+from lbq.formats.tokenizer_file import TOKENIZER, load_tokenizer
 
-TOKENIZER = "tokenizer.json"
 # Files that travel with a model besides config.json and the weights.
 COMPANIONS = (
     TOKENIZER,
@@ -93,14 +90,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     path = folder / TOKENIZER
     if not path.is_file():
         return
-    try:
-        vocabulary = Tokenizer.from_buffer(read_bytes(path)).get_vocab(with_added_tokens=True)
-    except LbqError:
-        raise
-    except Exception as error:  # the library raises ValueError, and plain Exception for some content
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: {reason}") from None
-    largest = max(vocabulary.values(), default=-1)
+    largest = max(load_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise DataError(
             f"{path}: token ids go up to {largest} but the model has {vocab_size} embedding rows; "

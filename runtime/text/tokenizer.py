@@ -9,10 +9,9 @@ from pathlib import Path
 import tokenizers
 
 from lbq.formats.errors import DataError, UsageError
-from lbq.runtime.text.config import TokenizerConfig, load_tokenizer_config, read_optional
+from lbq.formats.tokenizer_file import TOKENIZER, load_tokenizer
+from lbq.runtime.text.config import TokenizerConfig, load_tokenizer_config
 from lbq.runtime.text.detokenize import Detokenizer, StreamDecoder
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 class Tokenizer:
@@ -42,15 +41,10 @@ class Tokenizer:
 
         Raises DataError if ``tokenizer.json`` is missing, malformed or of a kind that lbq cannot stream.
         """
-        path = folder / TOKENIZER_FILE
-        data = read_optional(path)
-        if data is None:
+        path = folder / TOKENIZER
+        if not path.exists():
             raise DataError(f"{path}: missing; save the model's tokenizer in this form (transformers does)")
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises ValueError, and plain Exception for some content
-            raise DataError(f"{path}: {_one_line(error)}") from None
-        return cls(backend, load_tokenizer_config(folder), str(path))
+        return cls(load_tokenizer(path), load_tokenizer_config(folder), str(path))
 
     @cached_property
     def size(self) -> int:
@@ -122,7 +116,3 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig, 
             raise DataError(f"{where}: {entry.content!r} has id {got}, but id {id} in tokenizer_config.json")
     present = [text for text in config.all_special() if backend.token_to_id(text) is not None]
     backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in present])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
