@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
@@ -112,7 +112,33 @@ def make_plan(
     a pattern that names nothing and, under ``request.strict``, for anything that would be a note.
     """
     notes = list(notes)
-    schemes = _schemes(spec, request, notes)
+    plan = _decide(spec, checkpoint, _schemes(spec, request, notes), request.readers, head_differs, notes)
+    if "sglang" in request.readers and any(entry.bits == 3 for entry in plan.quantized.values()):
+        notes.append("SGLang does not read 3-bit weights")
+    if request.strict and notes:
+        raise UsageError(f"refused under --strict: {notes[0]}" + (f" (and {len(notes) - 1} more)" if notes[1:] else ""))
+    if not plan.quantized:
+        raise UsageError("nothing would be quantized: every linear layer is kept")
+    return replace(plan, notes=tuple(notes))
+
+
+def keep_all(spec: ModelSpec, checkpoint: Checkpoint, head_differs: bool = False) -> Plan:
+    """Every tensor as BF16: the original of whatever is made from this checkpoint.
+
+    Raises DataError as :func:`make_plan` does.
+    """
+    return _decide(spec, checkpoint, {p.name: None for p in spec.projections()}, (), head_differs, [])
+
+
+def _decide(
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    schemes: Mapping[str, Scheme | None],
+    readers: tuple[str, ...],
+    head_differs: bool,
+    notes: list[str],
+) -> Plan:
+    """The steps for these schemes; what there is to say is added to ``notes``."""
     tied_source = spec.tied and not head_differs
     _check_names(spec, checkpoint, tied_source)
     spec = _untie(spec, schemes, head_differs, notes)
@@ -122,7 +148,7 @@ def make_plan(
         source = f"{spec.embedding if shared else projection.name}.weight"
         scheme = schemes[projection.name]
         if scheme is not None:
-            steps.append(_quantize(checkpoint, projection, source, scheme, request.readers))
+            steps.append(_quantize(checkpoint, projection, source, scheme, readers))
         elif not (spec.tied and shared):
             shape = (projection.out_features, projection.in_features)
             steps.append(_keep(checkpoint, f"{projection.name}.weight", shape, source))
@@ -132,12 +158,6 @@ def make_plan(
     notes.extend(f"{what} ({_layers(count)})" for what, count in fallbacks.items() if what)
     steps.extend(_keep(checkpoint, f"{name}.weight", (width,)) for name, width in spec.norms())
     notes.extend(_casts(checkpoint, steps))
-    if "sglang" in request.readers and any(isinstance(s, Quantize) and s.entry.bits == 3 for s in steps):
-        notes.append("SGLang does not read 3-bit weights")
-    if request.strict and notes:
-        raise UsageError(f"refused under --strict: {notes[0]}" + (f" (and {len(notes) - 1} more)" if notes[1:] else ""))
-    if not any(isinstance(step, Quantize) for step in steps):
-        raise UsageError("nothing would be quantized: every linear layer is kept")
     return Plan(spec, tuple(sorted(steps, key=_layer_order)), tuple(notes))
 
 
