@@ -15,6 +15,7 @@ import click
 from lbq import __version__
 from lbq.cli.convert import convert
 from lbq.cli.display import plain
+from lbq.cli.evaluate import evaluate
 from lbq.cli.inspect import inspect
 from lbq.cli.run import run
 from lbq.cli.verify import verify
@@ -35,7 +36,7 @@ def cli() -> None:
     """
 
 
-for command in (convert, inspect, verify, run):
+for command in (convert, inspect, verify, evaluate, run):
     cli.add_command(command)
 
 

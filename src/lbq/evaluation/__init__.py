@@ -1,0 +1,11 @@
+"""What quantisation costs: an artifact's next-token distributions against those of the model it was made from.
+
+This composes quantizer and runtime, which know nothing of each other: the one opens the original, the other decodes.
+"""
+
+from __future__ import annotations
+
+from lbq.evaluation.result import Evaluation
+from lbq.evaluation.run import evaluate
+
+__all__ = ["Evaluation", "evaluate"]

@@ -1,0 +1,162 @@
+"""An artifact against its original: both decode the same windows of a text, a few hundred positions at a time.
+
+Neither logits nor probabilities are stored: a block of both models' logits becomes a few numbers a position and is
+dropped. Both models must fit in memory together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lbq.evaluation.result import VERSION, Evaluation, Text, Weights
+from lbq.evaluation.scores import Scorer, summarize
+from lbq.evaluation.windows import Windows, cut, read_text
+from lbq.formats.artifact import Artifact, open_artifact
+from lbq.formats.errors import DataError, DeviceError, UsageError
+from lbq.formats.manifest import MANIFEST
+from lbq.quantizer.original import Original, open_original
+from lbq.quantizer.source import resolve
+from lbq.runtime.binding import bind
+from lbq.runtime.devices import Device, find_device
+from lbq.runtime.text.tokenizer import Tokenizer
+
+CONTEXT = 512
+SHORTEST = 4
+BLOCK = 256  # positions whose logits are held at a time
+
+OnProgress = Callable[[int, int], None]  # tokens done, tokens in all
+
+
+class Side:
+    """One of the two models on a device."""
+
+    def __init__(self, name: str, weights: Artifact | Original, device: Device, context: int) -> None:
+        self._name = name
+        self._engine = device.engine(bind(weights, device).decoder, context)
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """Forget everything, then take in ``ids``."""
+        self._engine.truncate(0)
+        if ids:
+            self._engine.prefill(ids)
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Take in ``ids``; the logits after each, float32 [T, V]. Raises DataError if they are not finite."""
+        logits = self._engine.all_logits(ids)
+        if not bool(logits.isfinite().all()):
+            raise DataError(f"{self._name}: the logits are not finite; the weights are broken")
+        return logits
+
+
+def evaluate(
+    artifact: Path | str,
+    reference: Path | str,
+    text: Path | str,
+    *,
+    context: int | None = None,
+    max_tokens: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["float32", "auto"] = "float32",
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
+    """Compare ``artifact`` with ``reference`` (a checkpoint's folder, a Hub id or another artifact) on a text file.
+
+    ``context`` is the length of a window, by default 512 or what the models were made for; ``max_tokens`` bounds the
+    text. ``dtype="float32"`` computes both models without rounding activations, so that the weights alone differ;
+    ``auto`` runs both with the kernels of ``lbq run``. ``threads`` is torch's number, for the whole process.
+
+    Raises UsageError for arguments, StorageError and DataError for files and for models that cannot be compared,
+    RemoteError for the Hub, DeviceError for the device.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"{threads} threads: at least 1 is needed")
+        torch.set_num_threads(threads)
+    where = find_device(device, exact=dtype == "float32")
+    file = read_text(Path(text))
+    with ExitStack() as stack:
+        student = stack.enter_context(open_artifact(artifact))
+        name, teacher = _open_reference(reference)
+        stack.enter_context(teacher)
+        context = _checked_context(context, student, teacher)
+        windows = cut(file, (_tokenizer(student), _tokenizer(teacher)), context, max_tokens)
+        try:
+            scorer = _run(
+                Side(name, teacher, where, context),
+                Side(str(artifact), student, where, context),
+                windows,
+                on_progress or _quiet,
+            )
+        except torch.OutOfMemoryError:
+            raise DeviceError(f"device {where.device}: out of memory; both models must fit; try --device cpu") from None
+        summary = student.manifest.summary
+        return Evaluation(
+            eval_format=VERSION,
+            artifact=str(artifact),
+            reference=name,
+            device=str(where.device),
+            dtype=dtype,
+            text=Text(str(text), file.sha256, len(windows.ids), context, len(windows), windows.positions),
+            weights=Weights(summary.bits_per_weight, summary.cosine),
+            scores=summarize(scorer.positions(), len(windows)),
+            notes=teacher.notes if isinstance(teacher, Original) else (),
+        )
+
+
+def _open_reference(model: Path | str) -> tuple[str, Artifact | Original]:
+    """What the user called it and the opened model: an artifact where there is a manifest, else a checkpoint."""
+    if (Path(model) / MANIFEST).is_file():
+        return str(model), open_artifact(model)
+    return str(model), open_original(resolve(model))
+
+
+def _checked_context(context: int | None, student: Artifact, teacher: Artifact | Original) -> int:
+    a, b = student.spec, teacher.spec
+    if a.vocab_size != b.vocab_size:
+        raise DataError(
+            f"{student.folder}: {a.vocab_size} tokens in the vocabulary, {teacher.folder} has {b.vocab_size}; "
+            "compare an artifact with its own original"
+        )
+    most = min(a.context, b.context)
+    if context is None:
+        context = min(CONTEXT, most)
+    if not SHORTEST <= context <= most:
+        raise UsageError(f"context {context}: these models take {SHORTEST} to {most} tokens")
+    return context
+
+
+def _tokenizer(model: Artifact | Original) -> Tokenizer:
+    tokenizer = Tokenizer.load(model.folder)
+    tokenizer.check_vocabulary(model.spec.vocab_size)
+    return tokenizer
+
+
+def _run(teacher: Side, student: Side, windows: Windows, on_progress: OnProgress) -> Scorer:
+    scorer = Scorer()
+    total = len(windows) * windows.context
+    done = 0
+    for ids in windows:
+        # The logits after token i predict token i + 1: those after the last token of the first half come first.
+        start = windows.first - 1
+        for side in (teacher, student):
+            side.begin(ids[:start])
+        for at in range(start, len(ids) - 1, BLOCK):
+            block = ids[at : min(at + BLOCK, len(ids) - 1)]
+            following = ids[at + 1 : at + 1 + len(block)]
+            expected = teacher.logits(block)
+            scorer.add(expected, student.logits(block), torch.tensor(following, device=expected.device))
+            on_progress(done + at + len(block), total)
+        done += len(ids)
+        on_progress(done, total)
+    return scorer
+
+
+def _quiet(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+    del done, total

@@ -1,0 +1,107 @@
+"""A text file as windows of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lbq.formats.errors import DataError, UsageError
+from lbq.formats.json_file import read_bytes
+from lbq.runtime.text.tokenizer import Tokenizer
+
+CHARACTERS = 16  # of text a token wanted, at first: prose has about 4
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Stretches of ``context`` tokens that do not overlap; the second half of each is predicted.
+
+    A tokenizer that begins texts with special tokens has them at the start of every window, so that each is a text of
+    its own to the model.
+    """
+
+    prefix: list[int]
+    ids: list[int]  # a whole number of windows, without prefixes
+    context: int
+
+    @property
+    def _step(self) -> int:
+        return self.context - len(self.prefix)
+
+    @property
+    def first(self) -> int:
+        """The first token of a window that is predicted: it and the ones behind have half a window before them."""
+        return self.context // 2
+
+    def __len__(self) -> int:
+        return len(self.ids) // self._step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.ids), self._step):
+            yield self.prefix + self.ids[start : start + self._step]
+
+    @property
+    def positions(self) -> int:
+        """Tokens that are predicted."""
+        return len(self) * (self.context - self.first)
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A UTF-8 file that was read."""
+
+    path: Path
+    text: str
+    sha256: str
+
+
+def read_text(path: Path) -> TextFile:
+    """Raises StorageError where ``path`` cannot be read, DataError for what is not UTF-8 or past 64 MiB."""
+    data = read_bytes(path)
+    try:
+        return TextFile(path, data.decode(), hashlib.sha256(data).hexdigest())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; --text takes plain text") from None
+
+
+def cut(file: TextFile, tokenizers: tuple[Tokenizer, Tokenizer], context: int, max_tokens: int | None) -> Windows:
+    """Whole windows from the start of the text, ``max_tokens`` tokens at most; what is left over is not used.
+
+    Raises DataError where the two tokenizers differ on this text or the text does not fill a window, UsageError for
+    ``max_tokens`` below one.
+    """
+    tokenizer, other = tokenizers
+    prefix = _prefix(tokenizer)
+    step = context - len(prefix)
+    if step <= context // 2:
+        raise UsageError(f"context {context}: too short, the tokenizer begins texts with {len(prefix)} tokens")
+    if max_tokens is not None and max_tokens < step:
+        raise UsageError(f"{max_tokens} tokens at most: a window has {step}; raise --max-tokens or lower --context")
+    ids = _encode(tokenizer, file.text, max_tokens)
+    if prefix != _prefix(other) or ids != _encode(other, file.text, max_tokens):
+        raise DataError(f"{file.path}: the two models' tokenizers make different tokens of it; compare like with like")
+    if len(ids) < step:
+        what = f"{len(ids)} tokens, and a window takes {step}; give a longer text or lower --context"
+        raise DataError(f"{file.path}: {what if ids else 'the text is empty'}")
+    return Windows(prefix, ids[: len(ids) // step * step], context)
+
+
+def _encode(tokenizer: Tokenizer, text: str, most: int | None) -> list[int]:
+    """The first ``most`` tokens of ``text``; a long text is not tokenized whole for a few of them."""
+    if most is None:
+        return tokenizer.encode(text, add_special_tokens=False)
+    length = CHARACTERS * most
+    ids = tokenizer.encode(text[:length], add_special_tokens=False)
+    while len(ids) <= most and length < len(text):
+        length *= 4
+        ids = tokenizer.encode(text[:length], add_special_tokens=False)
+    return ids[:most]
+
+
+def _prefix(tokenizer: Tokenizer) -> list[int]:
+    """Special tokens that the tokenizer puts before a text."""
+    whole, bare = (tokenizer.encode("a", add_special_tokens=special) for special in (True, False))
+    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[: next(starts, 0)]
