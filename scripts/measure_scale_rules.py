@@ -13,6 +13,8 @@ is compared with it). Ends with docs/scale-rules.md's table.
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -139,17 +141,26 @@ def read(results: Path) -> list[Measure]:
 
 
 def table(measures: list[Measure]) -> str:
-    """Markdown, one line a configuration, the lowest divergence bold."""
+    """Markdown: one line a configuration, and one a width with geometric means over it; the lowest of each bold."""
     rules = [rule.value for rule in ScaleRule]
-    lines = [f"| model | quantised | {' | '.join(rules)} |", "|---|---|" + "---:|" * len(rules)]
-    by_case = {m.case: m for m in measures}
-    for key in dict.fromkeys((m.case.model, m.case.part, m.case.bits, m.case.group) for m in measures):
-        found = [by_case.get(Case(*key, rule)) for rule in rules]
-        least = min(m.kl for m in found if m is not None)
-        cells = ["" if m is None else f"**{m.kl:.4g}**" if m.kl == least else f"{m.kl:.4g}" for m in found]
-        model, part, bits, group = key
-        lines.append(f"| {model} | {part} INT{bits} {group} | {' | '.join(cells)} |")
+    lines = [f"| model | part | bits | group | {' | '.join(rules)} |", "|---|---|---:|---:|" + "---:|" * len(rules)]
+    by_case = {m.case: m.kl for m in measures}
+    models = list(dict.fromkeys(m.case.model for m in measures))
+    found = {(models.index(c.model), c.part, c.bits, GROUPS[c.bits].index(c.group)) for c in by_case}
+    means: dict[tuple[str, int], list[list[float]]] = {}
+    for at, part, bits, group_at in sorted(found):
+        model, group = models[at], GROUPS[bits][group_at]
+        row = [by_case.get(Case(model, part, bits, group, rule), math.nan) for rule in rules]
+        lines.append(f"| {model} | {part} | {bits} | {group} | {cells(row)} |")
+        means.setdefault((part, bits), []).append([value / row[0] for value in row])
+    for (part, bits), ratios in means.items():
+        mean = [statistics.geometric_mean(column) for column in zip(*ratios, strict=True)]
+        lines.append(f"| geometric mean, absmax = 1 | {part} | {bits} | all | {cells(mean)} |")
     return "\n".join(lines)
+
+
+def cells(values: list[float]) -> str:
+    return " | ".join(f"**{value:.3g}**" if value == min(values) else f"{value:.3g}" for value in values)
 
 
 @click.command()
