@@ -73,7 +73,7 @@ def test_what_an_artifact_holds(checkpoints: Mapping[str, Path], kept_artifact: 
     assert manifest["lbq_format"] == 1
     assert manifest["method"] == {
         "name": "rtn",
-        "scale_rules": {"3": "signed", "4": "signed", "8": "signed"},
+        "scale_rules": {"3": "signed-l4", "4": "signed", "8": "signed"},
         "bits": 4,
         "group": 32,
         "lm_head": 8,
