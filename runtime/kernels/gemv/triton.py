@@ -111,7 +111,7 @@ def quantize(x_ptr, q_ptr, s_ptr, K, BLOCKS, XC, C: tl.constexpr, FOLD: tl.const
     tl.store(out + R * XC, tl.sum(((second.to(tl.int32) & 255) << shift).reshape(BB, CB, 4, R), axis=2), mask=keep)
 
 
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["M"])
+@triton.jit(do_not_specialize=["N", "M"])  # a kernel compiles once for 1 to 16 tokens
 def gemv(
     w_ptr,
     s_ptr,
