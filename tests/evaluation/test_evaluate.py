@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lbq.evaluation import Evaluation, evaluate
 from lbq.formats.artifact import open_artifact
-from lbq.formats.errors import DataError
+from lbq.formats.errors import DataError, UsageError
 from lbq.quantizer.convert import convert
 from lbq.quantizer.original import open_original
 from lbq.quantizer.source import resolve
@@ -99,15 +99,21 @@ def test_blocks_change_nothing(
     assert told[-1][0] == told[-1][1] == len(TEXT) // CONTEXT * CONTEXT
 
 
-@pytest.mark.parametrize("dtype", ["float32", "auto"])
-def test_a_model_against_itself(kept_artifact: Path, text: Path, dtype: Any) -> None:
-    found = evaluate(kept_artifact, kept_artifact, text, device="cpu", dtype=dtype, max_tokens=200)
+def test_a_model_against_itself(kept_artifact: Path, text: Path) -> None:
+    found = evaluate(kept_artifact, kept_artifact, text, device="cpu", max_tokens=200)
     assert found.text.context == 128  # these models' own, below the default
     assert (found.text.windows, found.text.positions, found.text.tokens) == (1, 64, 128)
     scores = found.scores
     assert (scores.kl.max, scores.same_top1.mean, scores.perplexity.log_ratio.mean) == (0, 1, 0)
     assert scores.kl.standard_error is None
     assert scores.logit_cosine.least == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.gpu
+def test_on_cuda(kept_artifact: Path, checkpoints: Mapping[str, Path], text: Path) -> None:
+    cpu, cuda = (evaluate(kept_artifact, checkpoints["llama"], text, device=d).scores for d in ("cpu", "cuda"))
+    assert cuda.kl.mean == pytest.approx(cpu.kl.mean, rel=1e-3)
+    assert cuda.perplexity.reference == pytest.approx(cpu.perplexity.reference, rel=1e-4)
 
 
 def test_bits_are_ordered(checkpoints: Mapping[str, Path], text: Path, tmp_path: Path) -> None:
@@ -208,6 +214,11 @@ def test_faults(
     done = lbq("eval", kept_artifact, "--against", checkpoints["llama"], "--text", text, "--device", "cpu", *options)
     assert (done.code, done.out) == (code, "")
     assert message in done.error
+
+
+def test_odd_device(kept_artifact: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match="device tpu: auto, cpu or cuda"):
+        evaluate(kept_artifact, kept_artifact, text, device="tpu")  # type: ignore[arg-type]
 
 
 def test_not_an_artifact(checkpoints: Mapping[str, Path], text: Path, lbq: Lbq) -> None:

@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 @click.option("--context", type=int, help="Tokens of a window.  [512, or what the model was made for]")
 @click.option("--max-tokens", type=int, help="The most tokens of the text.  [all]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "auto"]),
-    default="float32",
-    show_default=True,
-    help="float32: the weights alone differ. auto: both with the kernels of lbq run.",
-)
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def evaluate(artifact: Path, against: str, text: Path, as_json: bool, **options: Any) -> None:

@@ -78,7 +78,6 @@ class Evaluation(_Part, frozen=True):
     artifact: str
     reference: str
     device: str
-    dtype: str
     text: Text
     weights: Weights
     scores: Scores

@@ -61,24 +61,25 @@ def evaluate(
     context: int | None = None,
     max_tokens: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    dtype: Literal["float32", "auto"] = "float32",
     threads: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Compare ``artifact`` with ``reference`` (a checkpoint's folder, a Hub id or another artifact) on a text file.
 
     ``context`` is the length of a window, by default 512 or what the models were made for; ``max_tokens`` bounds the
-    text. ``dtype="float32"`` computes both models without rounding activations, so that the weights alone differ;
-    ``auto`` runs both with the kernels of ``lbq run``. ``threads`` is torch's number, for the whole process.
+    text. Both models run in the runtime's float32 mode, so that the weights alone differ. ``threads`` is torch's number
+    of them, for the whole process.
 
     Raises UsageError for arguments, StorageError and DataError for files and for models that cannot be compared,
     RemoteError for the Hub, DeviceError for the device.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {device}: auto, cpu or cuda")
     if threads is not None:
         if threads < 1:
             raise UsageError(f"{threads} threads: at least 1 is needed")
         torch.set_num_threads(threads)
-    where = find_device(device, exact=dtype == "float32")
+    where = find_device(device, exact=True)
     file = read_text(Path(text))
     with ExitStack() as stack:
         student = stack.enter_context(open_artifact(artifact))
@@ -101,7 +102,6 @@ def evaluate(
             artifact=str(artifact),
             reference=name,
             device=str(where.device),
-            dtype=dtype,
             text=Text(str(text), file.sha256, len(windows.ids), context, len(windows), windows.positions),
             weights=Weights(summary.bits_per_weight, summary.cosine),
             scores=summarize(scorer.positions(), len(windows)),
