@@ -116,9 +116,24 @@ class ChatTemplate:
             raise UsageError(f"the chat template does not take these messages: {text}")
         raise DataError(f"{self._where}: the chat template fails: {text}")
 
+    def thinking(self, think: bool | None) -> dict[str, bool]:
+        """The variable for ``render`` that switches thinking; none for None. UsageError without such a switch."""
+        if think is None:
+            return {}
+        if not self.supports_thinking:
+            raise UsageError("this model's chat template has no switch for thinking: leave out --think and --no-think")
+        return {"enable_thinking": think}
+
     def close(self) -> None:
         """End the worker; a later rendering starts another."""
         self._worker.close()
+
+
+def require_template(template: ChatTemplate | None) -> ChatTemplate:
+    """The template. Raises UsageError where the model has none."""
+    if template is None:
+        raise UsageError("this model has no chat template: it continues text but does not chat (--no-chat)")
+    return template
 
 
 class _Worker:

@@ -39,6 +39,10 @@ class Engine(Protocol):
         """Take in at least one token; the float32 logits [V] that follow the last one."""
         ...
 
+    def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Take in at least one token; the float32 logits [T, V] that follow each."""
+        ...
+
     def decode(self, token: int) -> torch.Tensor:
         """Take in one token; the float32 logits [V] that follow it, valid until the next call."""
         ...
@@ -46,12 +50,6 @@ class Engine(Protocol):
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens; ``length`` is at most ``position``."""
         ...
-
-
-class TokenChooser(Protocol):
-    """What turns logits into a token: a :class:`Sampler`, or a device's own."""
-
-    def choose(self, logits: torch.Tensor) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,8 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UsageError(f"max_tokens is {self.max_tokens}: it must be at least 1")
+        if self.max_tokens is not None and not (isinstance(self.max_tokens, int) and self.max_tokens >= 1):
+            raise UsageError(f"max_tokens is {self.max_tokens}: it must be an integer of at least 1")
         StopStrings(self.stop)
 
 
@@ -136,6 +134,19 @@ class Finish:
         return self.decode_steps / self.decode_seconds if self.decode_steps and self.decode_seconds > 0 else None
 
 
+def check_room(
+    prompt_tokens: int, context: int, *, what: str = "the prompt", advice: str = "shorten the prompt"
+) -> None:
+    """Raise UsageError for a prompt that is empty or leaves no room for an answer."""
+    if prompt_tokens == 0:
+        raise UsageError(f"{what} is empty: it has no token to go on from")
+    if prompt_tokens >= context:
+        raise UsageError(
+            f"{what} has {prompt_tokens} tokens and the context holds {context}, the answer included: "
+            f"{advice} or load the model with a longer context"
+        )
+
+
 def generate_tokens(
     engine: Engine,
     prompt_ids: Sequence[int],
@@ -143,23 +154,15 @@ def generate_tokens(
     eos_ids: Collection[int],
     *,
     held: int = 0,
-    chooser: TokenChooser | None = None,
 ) -> Generator[int, None, Reason]:
     """Tokens that follow a prompt, without the eos token that ends them; the generator's value says why it ended.
 
     ``held``: this many first tokens of the prompt are what ``engine`` holds already. Raises UsageError at the call,
     before any work, for a prompt that is empty or leaves no room for an answer.
     """
-    count, context = len(prompt_ids), engine.context
-    if count == 0:
-        raise UsageError("the prompt is empty: it has no token to go on from")
-    if count >= context:
-        raise UsageError(
-            f"the prompt has {count} tokens and the context holds {context}, the answer included: "
-            "shorten the prompt or load the model with a longer context"
-        )
-    assert 0 <= held < count
-    return _tokens(engine, prompt_ids, options, eos_ids, held, chooser or Sampler(options.sampling, prompt_ids))
+    check_room(len(prompt_ids), engine.context)
+    assert 0 <= held < len(prompt_ids)
+    return _tokens(engine, prompt_ids, options, eos_ids, held)
 
 
 def _tokens(
@@ -168,14 +171,14 @@ def _tokens(
     options: GenerationOptions,
     eos_ids: Collection[int],
     held: int,
-    chooser: TokenChooser,
 ) -> Generator[int, None, Reason]:
+    sampler = Sampler(options.sampling, prompt_ids)
     room = engine.context - len(prompt_ids)
     most = room if options.max_tokens is None else min(room, options.max_tokens)
     engine.truncate(held)
     logits = engine.prefill(prompt_ids[held:])
     for left in range(most - 1, -1, -1):
-        token = chooser.choose(logits)
+        token = sampler.choose(logits)
         if token in eos_ids:
             return "eos"
         yield token
@@ -193,14 +196,13 @@ def stream_text(
     *,
     held: int = 0,
     continues_text: bool = False,
-    chooser: TokenChooser | None = None,
 ) -> Generator[str | Finish, None, None]:
     """Text that follows a prompt, in pieces of whole characters, and at the end one :class:`Finish`.
 
     ``continues_text``: the text is shown right after the prompt's, so that a leading space counts. The other
     arguments and the errors are those of :func:`generate_tokens`.
     """
-    tokens = generate_tokens(engine, prompt_ids, options, eos_ids, held=held, chooser=chooser)
+    tokens = generate_tokens(engine, prompt_ids, options, eos_ids, held=held)
     clock = _Clock(tokens)
     decoder = tokenizer.stream(continues_text=continues_text)
     stops = StopStrings(options.stop)

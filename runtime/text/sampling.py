@@ -28,19 +28,25 @@ class SamplingOptions:
     seed: int | None = None  # None: another text every time
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "0 to 100")
+        for name, most, positive in (
+            ("temperature", 100.0, False),
+            ("top_p", 1.0, True),
+            ("min_p", 1.0, False),
+            ("repetition_penalty", 100.0, True),
+        ):
+            value = getattr(self, name)
+            # Comparisons that NaN fails.
+            sound = isinstance(value, int | float) and (value > 0.0 if positive else value >= 0.0) and value <= most
+            _require(name, value, sound, f"a number {'above' if positive else 'from'} 0, up to {most:g}")
         _require("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "an integer of at least 0")
-        _require("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, up to 1")
-        _require("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 to 1")
-        penalty = self.repetition_penalty
-        _require("repetition_penalty", penalty, 0.0 < penalty <= 100.0, "above 0, up to 100")
-        _require("seed", self.seed, self.seed is None or 0 <= self.seed < 1 << 63, "0 to 2^63 - 1")
+        seed = self.seed
+        sound = seed is None or (isinstance(seed, int) and 0 <= seed < 1 << 63)
+        _require("seed", seed, sound, "an integer from 0 to 2^63 - 1")
 
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:
-    """``holds`` is a comparison that NaN fails."""
     if not holds:
-        raise UsageError(f"{name} is {value}: it must be {allowed}")
+        raise UsageError(f"{name} is {value!r}: it must be {allowed}")
 
 
 class Sampler:
@@ -59,7 +65,8 @@ class Sampler:
     def choose(self, logits: torch.Tensor) -> int:
         """The next token from float32 logits [V] on any device, which are left as they are.
 
-        Raises DataError if the logits are not numbers: only broken weights make such.
+        Raises DataError if the logits are not numbers: broken weights make such, and so do keys or values beyond the
+        range of a float16 cache.
         """
         assert logits.dtype == torch.float32
         assert logits.dim() == 1
@@ -67,7 +74,10 @@ class Sampler:
         logits = self._penalize(logits)
         best = logits.max(dim=0)  # NaN where any logit is
         if not math.isfinite(best.values):
-            raise DataError("the model's logits are not finite numbers: its weights are broken; run lbq verify")
+            raise DataError(
+                "the model's logits are not finite numbers: its weights are broken (lbq verify tells), or on a GPU "
+                "its keys and values do not fit the float16 cache (--dtype float32)"
+            )
         if options.temperature == 0.0:
             token = int(best.indices)
         else:

@@ -14,7 +14,10 @@ class StopStrings:
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
-        """UsageError for an empty stop string: it would stop everything."""
+        """UsageError for what is no string, and for an empty one: it would stop everything."""
+        odd = next((stop for stop in stops if not isinstance(stop, str)), None)
+        if odd is not None:
+            raise UsageError(f"a stop string is {odd!r}: it must be text")
         if not all(stops):
             raise UsageError("a stop string is empty")
         self._stops = stops

@@ -120,7 +120,7 @@ def test_greedy_takes_the_first_largest_and_the_penalty_counts_what_was_chosen()
 def test_logits_that_are_no_numbers(value: float, options: SamplingOptions) -> None:
     logits = torch.zeros(10)
     logits[4] = value
-    with pytest.raises(DataError, match="lbq verify"):
+    with pytest.raises(DataError, match=r"lbq verify.*--dtype float32"):
         Sampler(options, [2]).choose(logits)
 
 
@@ -137,9 +137,15 @@ def test_logits_that_are_no_numbers(value: float, options: SamplingOptions) -> N
         ("min_p", 1.01),
         ("repetition_penalty", 0.0),
         ("seed", -1),
+        ("seed", 1.5),
+        ("seed", "1"),
+        ("temperature", "1"),
+        ("temperature", None),
+        ("top_p", "0.9"),
+        ("top_k", None),
         ("seed", 1 << 63),
     ],
 )
-def test_options_that_make_no_sense(name: str, value: float) -> None:
+def test_options_that_make_no_sense(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"^{name} is "):
-        SamplingOptions(**{name: value})  # type: ignore[arg-type]
+        SamplingOptions(**{name: value})
