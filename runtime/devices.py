@@ -1,20 +1,28 @@
-"""What a device brings: its kernels, its engine, the dtype of its cache."""
+"""What a device brings: its kernels, its engine, the dtype of its cache; and how its failures are told."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from lbq.formats.errors import DeviceError
+from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.packing import PackedWeight
-from lbq.formats.spec import ModelSpec
 from lbq.runtime.decoder import Decoder
-from lbq.runtime.engine import EagerEngine
+from lbq.runtime.engine import DecoderEngine
+from lbq.runtime.engine_cuda import BUCKET, CudaEngine
 from lbq.runtime.kernels.linear import Linear
+from lbq.runtime.text.generation import Engine
 
 CUDA_CONTEXT = 8192  # the default there: a cache that cannot grow should not take a GPU's memory unasked
+CUDA_SPARE = 1 << 30  # bytes left for prompts' activations, graphs and workspaces
+CUDA_CAPABILITY = (8, 0)  # bfloat16 in the tensor cores
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class CpuDevice:
     """Weights stay mapped where the kernels can use them in place; the cache is float32 and grows with the text."""
 
     exact: bool
+    note: str | None = None  # why a GPU that is there is not used
 
     @property
     def device(self) -> torch.device:
@@ -37,11 +46,11 @@ class CpuDevice:
 
         return DenseLinear(weight, bias, exact=self.exact)
 
-    def default_context(self, spec: ModelSpec) -> int:
-        return spec.context
+    def default_context(self, decoder: Decoder) -> int:
+        return decoder.spec.context
 
-    def engine(self, decoder: Decoder, context: int) -> EagerEngine:
-        return EagerEngine(decoder, context)
+    def engine(self, decoder: Decoder, context: int) -> Engine:
+        return DecoderEngine(decoder, context)
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,15 @@ class CudaDevice:
     """
 
     exact: bool
+    note: str | None = None
 
     @property
     def device(self) -> torch.device:
         return torch.device("cuda")
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return torch.float32 if self.exact else torch.float16
 
     def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
         from lbq.runtime.kernels.cuda import CudaLinear
@@ -71,22 +85,94 @@ class CudaDevice:
 
         return DenseCudaLinear(weight.to(self.device), bias, exact=self.exact)
 
-    def default_context(self, spec: ModelSpec) -> int:
-        return min(spec.context, CUDA_CONTEXT)
+    def default_context(self, decoder: Decoder) -> int:
+        """What fits beside the weights, which are there already."""
+        sample = decoder.new_state(BUCKET, dtype=self.cache_dtype, fixed=True)
+        torch.cuda.empty_cache()  # else what loading used for a while counts as taken
+        free, _ = torch.cuda.mem_get_info()
+        return fitting_context(decoder.spec.context, sample.nbytes // BUCKET, free)
 
-    def engine(self, decoder: Decoder, context: int) -> EagerEngine:
-        from lbq.runtime.engine_cuda import CudaEngine
-
-        return CudaEngine(decoder, context, cache_dtype=torch.float32 if self.exact else torch.float16)
+    def engine(self, decoder: Decoder, context: int) -> Engine:
+        return CudaEngine(decoder, context, cache_dtype=self.cache_dtype)
 
 
 Device = CpuDevice | CudaDevice
 
 
+def set_threads(threads: int) -> None:
+    """Set torch's number of CPU threads, for the whole process. Raises UsageError for what makes no sense."""
+    most = 4 * (os.cpu_count() or 1)
+    if not (isinstance(threads, int) and 1 <= threads <= most):
+        raise UsageError(f"{threads} threads: this machine takes 1 to {most}")
+    torch.set_num_threads(threads)
+
+
+def fitting_context(most: int, token_bytes: int, free: int) -> int:
+    """A context for ``free`` bytes of memory: at most ``most`` and CUDA_CONTEXT, a multiple of the cache's step."""
+    fitting = (free - CUDA_SPARE) // token_bytes // BUCKET * BUCKET
+    return min(most, CUDA_CONTEXT, max(fitting, BUCKET))
+
+
 def find_device(name: Literal["auto", "cpu", "cuda"], *, exact: bool) -> Device:
-    """``auto`` is a GPU where torch sees one. Raises DeviceError for ``cuda`` where it sees none."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    """``auto`` is a GPU that lbq can use; where there is one that it cannot, the CPU's ``note`` says why.
+
+    Raises DeviceError for ``cuda`` where there is none to use.
+    """
+    if name == "cpu":
         return CpuDevice(exact)
     if not torch.cuda.is_available():
+        if name == "auto":
+            return CpuDevice(exact)
         raise DeviceError(f"device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
-    return CudaDevice(exact)
+    trouble = _gpu_trouble()
+    if trouble is None:
+        return CudaDevice(exact)
+    if name == "auto":
+        return CpuDevice(exact, note=f"the GPU is not used: {trouble}")
+    raise DeviceError(f"device {name}: {trouble}; or use --device cpu")
+
+
+def _gpu_trouble() -> str | None:
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, and lbq's kernels need an NVIDIA GPU"
+    found = torch.cuda.get_device_capability()
+    if found < CUDA_CAPABILITY:
+        needed = ".".join(map(str, CUDA_CAPABILITY))
+        return f"its compute capability is {found[0]}.{found[1]}, and lbq's kernels need {needed} (Ampere or later)"
+    if not any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))):
+        return "Triton needs a C compiler and there is none; install gcc and the headers of Python"
+    return None
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Turn failures of a device, and memory that runs out, into DeviceError; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        message = _device_message(error)
+        if message is None:
+            raise
+        raise DeviceError(message) from error
+
+
+def _device_message(error: Exception) -> str | None:
+    """One line and what to try, or None for what is no fault of a device."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU is out of memory: try a shorter --context N, or --device cpu"
+    if isinstance(error, subprocess.CalledProcessError):  # Triton builds what launches its kernels
+        return "Triton's C compiler failed: install gcc and the headers of Python, or use --device cpu"
+    if isinstance(error, torch.AcceleratorError) or _is_tritons(error):
+        return f"the GPU fails: {type(error).__name__}: {text[:300]}; try --device cpu"
+    if isinstance(error, RuntimeError):
+        if "DefaultCPUAllocator" in text:
+            return "out of memory: try a shorter --context N"
+        if any(word in text for word in ("CUDA", "CUBLAS", "cuBLAS", "C compiler")):  # libraries have no type of theirs
+            return f"the GPU fails: {text[:300]}; try --device cpu"
+    return None
+
+
+def _is_tritons(error: Exception) -> bool:
+    """Without importing it: on the CPU nothing else needs Triton."""
+    return any(kind.__module__.partition(".")[0] == "triton" for kind in type(error).__mro__)

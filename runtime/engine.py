@@ -1,4 +1,4 @@
-"""A decoder with the state of one text, every step run as it is called: the CPU's ``generation.Engine``."""
+"""A decoder with the state of one text: the CPU's ``generation.Engine``, and what that of a GPU is built on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lbq.formats.errors import UsageError
 from lbq.runtime.decoder import Decoder
 
 
-class EagerEngine:
-    """One text on one decoder. The cache grows with the text unless it is ``fixed``."""
+class DecoderEngine:
+    """One text on one decoder, every step run as it is called. The cache grows with the text unless it is ``fixed``."""
 
     def __init__(
         self, decoder: Decoder, context: int, *, cache_dtype: torch.dtype = torch.float32, slots: int | None = None
@@ -26,11 +26,6 @@ class EagerEngine:
     def position(self) -> int:
         """Tokens held."""
         return self._state.length
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the state."""
-        return self._state.nbytes
 
     def prefill(self, ids: Sequence[int]) -> torch.Tensor:
         """Take in tokens; the logits after the last, float32 [V]. UsageError for ids or a length that do not fit."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 
 from lbq.runtime.decoder import Decoder
-from lbq.runtime.engine import EagerEngine
+from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.step import DeviceStep
 
 BUCKET = 256
 WARM_UP = 2  # runs before a capture: kernels are compiled and libraries make their workspaces then
 
 
-class CudaEngine(EagerEngine):
+class CudaEngine(DecoderEngine):
     """One text on a decoder whose weights lie on a CUDA device."""
 
     def __init__(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Literal, TypedDict, Unpack
 
 import torch
@@ -12,27 +14,37 @@ import torch
 from lbq.formats.artifact import Artifact, open_artifact
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.spec import ModelSpec
-from lbq.runtime.binding import KernelUse, bind
-from lbq.runtime.devices import Device, find_device
-from lbq.runtime.engine import EagerEngine
-from lbq.runtime.text.chat import ChatTemplate, Message
-from lbq.runtime.text.generation import Finish, GenerationDefaults, GenerationOptions, stream_text
-from lbq.runtime.text.session import ChatSession, TrackedEngine
+from lbq.runtime.binding import Bound, KernelUse, bind
+from lbq.runtime.devices import Device, device_errors, find_device, set_threads
+from lbq.runtime.engines import EnginePool
+from lbq.runtime.text.chat import ChatTemplate, Message, require_template
+from lbq.runtime.text.generation import (
+    Engine,
+    Finish,
+    GenerationDefaults,
+    GenerationOptions,
+    check_room,
+    stream_text,
+)
+from lbq.runtime.text.session import ChatSession
 from lbq.runtime.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Message]
 
 
 class GenerationSettings(TypedDict, total=False):
-    """Keyword arguments of ``generate`` and ``stream``; what is left out is as ``generation_config.json`` has it."""
+    """Keyword arguments of ``generate`` and ``stream``.
+
+    What is left out or None is as ``generation_config.json`` has it.
+    """
 
     max_tokens: int | None  # None: until the context is full
-    stop: Sequence[str]
-    temperature: float  # 0: the most probable token every time
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
+    stop: str | Sequence[str] | None
+    temperature: float | None  # 0: the most probable token every time
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
     seed: int | None
 
 
@@ -64,48 +76,78 @@ class TextStream(Iterator[str]):
 
 
 class Model:
-    """An artifact on a device, with its tokenizer. Make one with :func:`load`.
+    """An artifact on a device, with its tokenizer. Make one with :func:`load`; close it, or use it with ``with``.
 
     Several texts may be streamed in turn from one thread: each has an engine of its own, and engines are used again.
     """
 
-    def __init__(self, artifact: Artifact, device: Device, context: int) -> None:
+    def __init__(self, artifact: Artifact, device: Device, context: int | None, *, strict: bool = False) -> None:
         """``artifact`` belongs to the model from here on. Raises DataError where its parts do not fit."""
         folder = artifact.folder
         self.spec: ModelSpec = artifact.spec
         self.device: torch.device = device.device
-        self.context = context
-        self.tokenizer = Tokenizer.load(folder)  # first what is quick to refuse
+        self.note = device.note  # why a GPU that is there is not used
+        self.tokenizer = Tokenizer.load(folder)
         self.tokenizer.check_vocabulary(self.spec.vocab_size)
         self.template = ChatTemplate.load(folder)
         self.defaults = GenerationDefaults.load(folder)
         self.end_ids = self.defaults.end_ids(self.tokenizer)
         self._artifact, self._on = artifact, device
-        self._bound = bind(artifact, device)
-        self._idle: list[TrackedEngine] = []
+        self._asked_context, self._strict = context, strict
+        self._ready: _Ready | None = None
+        self._closed = False
 
     def close(self) -> None:
-        """Give back the template's process and what is mapped; the model is of no use afterwards."""
+        """Give back memory, the template's process and what is mapped; the model is of no use afterwards."""
+        self._ready, self._closed = None, True
         if self.template is not None:
             self.template.close()
         self._artifact.close()
 
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def bind(self) -> None:
+        """Bind the weights to the device, if that was not done yet. Raises DataError and DeviceError."""
+        if self._closed:
+            raise UsageError("this model is closed")
+        if self._ready is not None:
+            return
+        with device_errors():
+            bound = bind(self._artifact, self._on)
+            if self._strict:
+                _refuse_fallbacks(bound.kernels)
+            context = self._asked_context or self._on.default_context(bound.decoder)
+        self._ready = _Ready(bound, EnginePool(partial(self._on.engine, bound.decoder, context), context))
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a text."""
+        return self._bound().engines.context
+
     def kernels(self) -> list[KernelUse]:
         """Which kernel serves which layers, and why where it is not the fast one."""
-        return list(self._bound.kernels)
+        return list(self._bound().bound.kernels)
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of weights that are held beyond the mapped file."""
-        return self._bound.resident_bytes
+        return self._bound().bound.resident_bytes
 
-    def new_engine(self) -> EagerEngine:
+    def new_engine(self) -> Engine:
         """An engine with an empty state."""
-        return self._on.engine(self._bound.decoder, self.context)
+        ready = self._bound()
+        with device_errors():
+            return self._on.engine(ready.bound.decoder, ready.engines.context)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits after each of ``ids``, float32 [T, V], from an empty state. Raises UsageError if they do not fit."""
-        return self.new_engine().all_logits(ids)
+        with self._bound().engines.engine() as engine:
+            engine.truncate(0)
+            return engine.all_logits(ids).clone()  # an inference tensor would be of no use to autograd
 
     def prompt_ids(self, prompt: Prompt, *, chat: bool | None = None, think: bool | None = None) -> list[int]:
         """Token ids of a text or of chat messages.
@@ -118,13 +160,10 @@ class Model:
             if think is not None:
                 raise UsageError("think is a switch of the chat template, and this prompt does not go through one")
             return self.tokenizer.encode(prompt, add_special_tokens=True)
-        if self.template is None:
-            raise UsageError("this model has no chat template: it continues text but does not chat")
-        if think is not None and not self.template.supports_thinking:
-            raise UsageError("this model's chat template has no switch for thinking")
+        template = require_template(self.template)
+        variables = template.thinking(think)
         messages: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        variables = {} if think is None else {"enable_thinking": think}
-        return self.tokenizer.encode(self.template.render(messages, **variables), add_special_tokens=False)
+        return self.tokenizer.encode(template.render(messages, **variables), add_special_tokens=False)
 
     def options(self, **settings: Unpack[GenerationSettings]) -> GenerationOptions:
         """Options with the model's own defaults. Raises UsageError for values that make no sense."""
@@ -132,11 +171,14 @@ class Model:
         odd = settings.keys() - known
         if odd:
             raise UsageError(f"unknown settings: {', '.join(sorted(odd))}; there are {', '.join(known)}")
-        sampling = {k: v for k, v in settings.items() if k not in ("max_tokens", "stop")}
+        given = {name: value for name, value in settings.items() if value is not None}
+        most, stop = given.pop("max_tokens", None), given.pop("stop", ())
+        if not isinstance(stop, str | Sequence):
+            raise UsageError(f"stop is {stop!r}: it must be text, or several texts")
         return GenerationOptions(
-            max_tokens=settings.get("max_tokens"),
-            sampling=replace(self.defaults.sampling, **sampling),  # type: ignore[arg-type]
-            stop=tuple(settings.get("stop", ())),
+            max_tokens=most,  # type: ignore[arg-type]
+            sampling=replace(self.defaults.sampling, **given),  # type: ignore[arg-type]
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
 
     def stream(
@@ -150,21 +192,9 @@ class Model:
         """Generate; pieces of whole characters as they come. Arguments and errors as :meth:`prompt_ids`, options."""
         options = self.options(**settings)
         ids = self.prompt_ids(prompt, chat=chat, think=think)
-        engine = self._idle.pop() if self._idle else TrackedEngine(self.new_engine())
-        try:
-            items = stream_text(
-                engine,
-                self.tokenizer,
-                ids,
-                options,
-                self.end_ids,
-                held=engine.shared_prefix(ids),
-                continues_text=not self._chats(prompt, chat),
-            )
-        except BaseException:
-            self._idle.append(engine)
-            raise
-        return TextStream(self._handing_back(items, engine))
+        engines = self._bound().engines  # last what takes time
+        check_room(len(ids), engines.context)
+        return TextStream(self._items(engines, ids, options, continues_text=not self._chats(prompt, chat)))
 
     def generate(
         self,
@@ -184,14 +214,10 @@ class Model:
         self, *, system: str | None = None, think: bool | None = None, **settings: Unpack[GenerationSettings]
     ) -> ChatSession:
         """A chat with a history; errors as :class:`ChatSession`."""
+        options = self.options(**settings)
+        require_template(self.template).thinking(think)
         return ChatSession(
-            self.new_engine(),
-            self.tokenizer,
-            self.template,
-            self.options(**settings),
-            self.end_ids,
-            system=system,
-            think=think,
+            self._bound().engines, self.tokenizer, self.template, options, self.end_ids, system=system, think=think
         )
 
     def _chats(self, prompt: Prompt, chat: bool | None) -> bool:
@@ -201,13 +227,27 @@ class Model:
             return True
         return self.template is not None if chat is None else chat
 
-    def _handing_back(
-        self, items: Generator[str | Finish, None, None], engine: TrackedEngine
+    def _items(
+        self, engines: EnginePool, ids: list[int], options: GenerationOptions, *, continues_text: bool
     ) -> Generator[str | Finish, None, None]:
-        try:
-            yield from items
-        finally:
-            self._idle.append(engine)
+        with engines.engine() as engine:
+            held = engine.reusable(ids, options)
+            yield from stream_text(
+                engine, self.tokenizer, ids, options, self.end_ids, held=held, continues_text=continues_text
+            )
+
+    def _bound(self) -> _Ready:
+        self.bind()
+        assert self._ready is not None
+        return self._ready
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a model has once its weights are bound."""
+
+    bound: Bound
+    engines: EnginePool
 
 
 def load(
@@ -222,43 +262,51 @@ def load(
     """Map the artifact in ``path`` and bind it to a device.
 
     ``dtype="float32"`` is the reference mode: exact products, slow. ``context``: the most tokens of a text, at most the
-    model's; by default the model's on the CPU, where the cache grows as needed, and at most 8192 on a GPU. ``strict``
-    refuses kernels that are not the fast path. ``threads`` is torch's number of threads, for the whole process.
+    model's; by default the model's on the CPU, where the cache grows as needed, and on a GPU as many of at most 8192 as
+    fit its memory. ``strict`` refuses kernels that are not the fast path. ``threads`` is torch's number of threads, for
+    the whole process.
 
     Raises StorageError and DataError for the folder, UsageError for arguments, DeviceError for the device.
     """
+    model = open_model(path, device=device, dtype=dtype, context=context, strict=strict, threads=threads)
+    try:
+        model.bind()
+    except BaseException:
+        model.close()
+        raise
+    return model
+
+
+def open_model(
+    path: Path | str,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["auto", "float32"] = "auto",
+    context: int | None = None,
+    strict: bool = False,
+    threads: int | None = None,
+) -> Model:
+    """As :func:`load`, but the weights are bound when they are first needed: what is wrong before is said at once."""
     if dtype not in ("auto", "float32"):
         raise UsageError(f"dtype {dtype}: auto or float32")
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device}: auto, cpu or cuda")
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"{threads} threads: at least 1 is needed")
-        torch.set_num_threads(threads)
+        set_threads(threads)
     where = find_device(device, exact=dtype == "float32")
     artifact = open_artifact(path)
     try:
-        context = _checked_context(context, where, artifact)
-        model = Model(artifact, where, context)
-        if strict:
-            _refuse_fallbacks(model)
+        most = artifact.spec.context
+        if context is not None and not (isinstance(context, int) and 1 <= context <= most):
+            raise UsageError(f"context {context}: {artifact.folder} was made for 1 to {most} tokens")
+        return Model(artifact, where, context, strict=strict)
     except BaseException:
         artifact.close()
         raise
-    return model
 
 
-def _checked_context(context: int | None, device: Device, artifact: Artifact) -> int:
-    most = artifact.spec.context
-    if context is None:
-        return device.default_context(artifact.spec)
-    if not 1 <= context <= most:
-        raise UsageError(f"context {context}: {artifact.folder} was made for 1 to {most} tokens")
-    return context
-
-
-def _refuse_fallbacks(model: Model) -> None:
-    slow = [use for use in model.kernels() if use.fallback is not None]
+def _refuse_fallbacks(kernels: Sequence[KernelUse]) -> None:
+    slow = [use for use in kernels if use.fallback is not None]
     if slow:
         first = slow[0]
         more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""

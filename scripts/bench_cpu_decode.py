@@ -27,7 +27,7 @@ from lbq.quantizer.families import read_spec
 from lbq.runtime import load
 from lbq.runtime.binding import bind
 from lbq.runtime.devices import CpuDevice
-from lbq.runtime.engine import EagerEngine
+from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.text.generation import Engine
 
 PROMPT = "Write a short story about a lighthouse keeper who finds a message in a bottle."
@@ -112,7 +112,7 @@ def main(artifact: Path, checkpoint: Path, threads: int, tokens: int, rounds: in
     bf16 = bind(DenseWeights(read_spec(checkpoint).spec, open_checkpoint(checkpoint)), CpuDevice(exact=False))
     contenders = [
         Contender(f"lbq, {artifact.name}", model.resident_bytes, engine_loop(model.new_engine())),
-        Contender("lbq's loop, BF16 weights", bf16.resident_bytes, engine_loop(EagerEngine(bf16.decoder, 2048))),
+        Contender("lbq's loop, BF16 weights", bf16.resident_bytes, engine_loop(DecoderEngine(bf16.decoder, 2048))),
         transformers_loop(checkpoint),
     ]
     ids = model.prompt_ids(PROMPT)

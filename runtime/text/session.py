@@ -1,16 +1,14 @@
-"""A chat: its history, and an engine that does not compute the same beginning twice."""
+"""A chat with its history. What an engine still holds of it is not computed again."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from lbq.formats.errors import UsageError
-from lbq.runtime.text.chat import ChatTemplate
-from lbq.runtime.text.generation import Engine, Finish, GenerationOptions, stream_text
+from lbq.runtime.engines import EnginePool
+from lbq.runtime.text.chat import ChatTemplate, require_template
+from lbq.runtime.text.generation import Finish, GenerationOptions, check_room, stream_text
 from lbq.runtime.text.tokenizer import Tokenizer
 
 
@@ -22,50 +20,12 @@ class Turn:
     content: str
 
 
-class TrackedEngine:
-    """An :class:`Engine` that knows which tokens its state holds."""
-
-    def __init__(self, engine: Engine) -> None:
-        """``engine`` must be used through this object only from here on; what it held is forgotten."""
-        engine.truncate(0)
-        self._engine = engine
-        self._ids: list[int] = []
-
-    @property
-    def context(self) -> int:
-        return self._engine.context
-
-    @property
-    def position(self) -> int:
-        return len(self._ids)
-
-    def prefill(self, ids: Sequence[int]) -> torch.Tensor:
-        logits = self._engine.prefill(ids)
-        self._ids.extend(ids)
-        return logits
-
-    def decode(self, token: int) -> torch.Tensor:
-        logits = self._engine.decode(token)
-        self._ids.append(token)
-        return logits
-
-    def truncate(self, length: int) -> None:
-        # Passed on even if nothing changes here: a step that was interrupted may have left more than is known.
-        self._engine.truncate(length)
-        del self._ids[length:]
-
-    def shared_prefix(self, ids: Sequence[int]) -> int:
-        """How many first tokens of a prompt need not be computed; never all, the last one's logits are wanted."""
-        most = min(len(self._ids), len(ids) - 1)
-        return next((i for i in range(most) if self._ids[i] != ids[i]), most)
-
-
 class ChatSession:
-    """Messages back and forth with one model, on one engine. Not for use from several threads."""
+    """Messages back and forth with one model. Not for use from several threads."""
 
     def __init__(
         self,
-        engine: Engine,
+        engines: EnginePool,
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         options: GenerationOptions,
@@ -78,17 +38,13 @@ class ChatSession:
 
         Raises UsageError if the model has no chat template, or no such switch.
         """
-        if template is None:
-            raise UsageError("this model has no chat template: it continues text but does not chat (--no-chat)")
-        if think is not None and not template.supports_thinking:
-            raise UsageError("this model's chat template has no switch for thinking: leave out --think and --no-think")
-        self._engine = TrackedEngine(engine)
+        self._template = require_template(template)
+        self._variables = self._template.thinking(think)
+        self._engines = engines
         self._tokenizer = tokenizer
-        self._template = template
         self._options = options
         self._eos_ids = eos_ids
         self._first = () if system is None else (Turn("system", system),)
-        self._variables = {} if think is None else {"enable_thinking": think}
         self._history: list[Turn] = []
 
     @property
@@ -114,22 +70,19 @@ class ChatSession:
         the history as it was, if the chat no longer fits the context; DataError if the template fails.
         """
         ids = self.prompt_ids(message)
-        if len(ids) >= self._engine.context:
-            raise UsageError(
-                f"the chat has {len(ids)} tokens with this message and the context holds {self._engine.context}, the "
-                "answer included: begin a new one (/reset), send less, or load the model with a longer context"
-            )
+        advice = "begin a new one (/reset), send less"
+        check_room(len(ids), self._engines.context, what="the chat with this message", advice=advice)
         return self._answer(message, ids)
 
     def _answer(self, message: str, ids: list[int]) -> Generator[str | Finish, None, None]:
         shown: list[str] = []
-        held = self._engine.shared_prefix(ids)
-        stream = stream_text(self._engine, self._tokenizer, ids, self._options, self._eos_ids, held=held)
         try:
-            for item in stream:
-                if isinstance(item, str):
-                    shown.append(item)
-                yield item
+            with self._engines.engine() as engine:
+                held = engine.reusable(ids, self._options)
+                for item in stream_text(engine, self._tokenizer, ids, self._options, self._eos_ids, held=held):
+                    if isinstance(item, str):
+                        shown.append(item)
+                    yield item
         except (GeneratorExit, KeyboardInterrupt):
             if shown:
                 self._remember(message, shown)

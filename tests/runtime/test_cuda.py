@@ -12,7 +12,7 @@ from lbq.runtime.attention import attend
 from lbq.runtime.binding import bind
 from lbq.runtime.cache import KVCache
 from lbq.runtime.devices import CudaDevice
-from lbq.runtime.engine import EagerEngine
+from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import CudaEngine
 from lbq.runtime.step import DeviceStep, HostStep
 
@@ -53,7 +53,7 @@ def test_attention(dtype, window):
 def test_graphs_give_the_logits_of_the_cpu(tiny, reference_kernels, exact, monkeypatch):
     monkeypatch.setattr(engine_cuda, "BUCKET", 16)  # several graphs within a short text
     ids = [int(i) for i in torch.randint(0, 97, (70,), generator=torch.Generator().manual_seed(6))]
-    host = EagerEngine(bind(tiny.weights, reference_kernels).decoder, 128)
+    host = DecoderEngine(bind(tiny.weights, reference_kernels).decoder, 128)
     decoder = bind(tiny.weights, CudaDevice(exact)).decoder
     device = CudaEngine(decoder, 100, cache_dtype=torch.float32 if exact else torch.float16)
     for engine in (host, device):
@@ -70,7 +70,7 @@ def test_graphs_give_the_logits_of_the_cpu(tiny, reference_kernels, exact, monke
 
 def test_prompts(tiny, reference_kernels):
     ids = [int(i) for i in torch.randint(0, 97, (120,), generator=torch.Generator().manual_seed(7))]
-    expected = EagerEngine(bind(tiny.weights, reference_kernels).decoder, 128).all_logits(ids).double().log_softmax(1)
+    expected = DecoderEngine(bind(tiny.weights, reference_kernels).decoder, 128).all_logits(ids).double().log_softmax(1)
     decoder = bind(tiny.weights, CudaDevice(exact=False)).decoder
     got = CudaEngine(decoder, 128).all_logits(ids).cpu().double().log_softmax(1)
     assert float((expected.exp() * (expected - got)).sum(1).max()) <= 1e-3

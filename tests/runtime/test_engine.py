@@ -7,7 +7,7 @@ import torch
 
 from lbq.formats.errors import UsageError
 from lbq.runtime.binding import bind
-from lbq.runtime.engine import EagerEngine
+from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import CudaEngine, _bucket
 
 IDS = [int(i) for i in torch.randint(0, 97, (30,), generator=torch.Generator().manual_seed(4))]
@@ -20,7 +20,7 @@ def decoder(tiny, reference_kernels):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2)])
 def test_engine_of_the_gpu_without_graphs_agrees(decoder, dtype, tolerance):
-    eager, device = EagerEngine(decoder, 200), CudaEngine(decoder, 200, cache_dtype=dtype, graphs=False)
+    eager, device = DecoderEngine(decoder, 200), CudaEngine(decoder, 200, cache_dtype=dtype, graphs=False)
     for engine in (eager, device):
         engine.prefill(IDS)
         engine.truncate(20)
@@ -32,9 +32,9 @@ def test_engine_of_the_gpu_without_graphs_agrees(decoder, dtype, tolerance):
 
 
 def test_logits_of_a_prompt(decoder):
-    every = EagerEngine(decoder, 64).all_logits(IDS)
+    every = DecoderEngine(decoder, 64).all_logits(IDS)
     assert every.shape == (30, 97)
-    torch.testing.assert_close(EagerEngine(decoder, 64).prefill(IDS), every[-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(DecoderEngine(decoder, 64).prefill(IDS), every[-1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_logits_of_a_prompt(decoder):
     [([], "no tokens"), ([0, 97], "token id 97"), ([-1], "token id -1"), ([0] * 33, "context of 32")],
 )
 def test_prompts_that_do_not_fit(decoder, ids, message):
-    engine = EagerEngine(decoder, 32)
+    engine = DecoderEngine(decoder, 32)
     with pytest.raises(UsageError, match=message):
         engine.prefill(ids)
     assert engine.position == 0

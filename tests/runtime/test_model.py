@@ -14,7 +14,10 @@ from lbq.formats.artifact import open_artifact
 from lbq.formats.errors import DataError, DeviceError, StorageError, UsageError
 from lbq.quantizer.convert import convert
 from lbq.runtime import load
-from lbq.runtime.binding import KernelUse
+from lbq.runtime.binding import Bound, KernelUse
+from lbq.runtime.devices import CpuDevice
+from lbq.runtime.engine import DecoderEngine
+from lbq.runtime.model import open_model
 
 CPU = {"device": "cpu"}
 PROMPT = [int(i) for i in torch.randint(0, 264, (40,), generator=torch.Generator().manual_seed(5))]
@@ -111,17 +114,114 @@ def test_engines_are_used_again_and_know_what_they_hold(model):
     again = model.generate("the same beginning, other end", max_tokens=3, chat=False)
     assert again.finish.reused_tokens >= len("the same beginning, o") - 1
     assert model.generate("the same beginning, one end", max_tokens=3, chat=False).text == first.text
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="the prompt has"):
         model.stream("x" * 500, chat=False)
-    assert len(model._idle) >= 1
 
 
-def test_stream_that_is_closed_gives_its_engine_back(model):
-    stream = model.stream("hello", max_tokens=20)
-    before = len(model._idle)
-    next(stream)
-    stream.close()
-    assert len(model._idle) == before + 1
+@pytest.fixture
+def engines_made(monkeypatch):
+    made = []
+    real = CpuDevice.engine
+
+    def engine(self, decoder, context):
+        made.append(real(self, decoder, context))
+        return made[-1]
+
+    monkeypatch.setattr(CpuDevice, "engine", engine)
+    return made
+
+
+def test_one_engine_serves_one_thing_after_another(kept_artifact, engines_made):
+    with load(kept_artifact, **CPU) as model:
+        model.generate("hello", max_tokens=3)
+        for read in (0, 1):
+            stream = model.stream("hello", max_tokens=20, chat=False)
+            for _ in range(read):
+                next(stream)
+            stream.close()
+        list(model.chat(max_tokens=3).reply("hello"))
+        model.logits(PROMPT)
+        assert model.generate("hello", max_tokens=3).finish.reused_tokens == 0
+        assert len(engines_made) == 1
+
+
+def test_a_text_that_fails_costs_its_engine(kept_artifact, engines_made):
+    """Keys beyond float16 leave infinities in the cache, and a masked infinity is not nothing."""
+    with load(kept_artifact, **CPU) as model:
+        expected = model.generate("hello", max_tokens=3).finish.tokens
+        cache = engines_made[0]._state.layers[0].kv
+        stream = model.stream("hello there", max_tokens=30, chat=False)
+        next(stream)
+        cache[:, :, : len(PROMPT)] = float("inf")
+        with pytest.raises(DataError, match="--dtype float32"):
+            list(stream)
+        assert model.generate("hello", max_tokens=3).finish.tokens == expected
+        assert len(engines_made) == 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("illegal")])
+@pytest.mark.parametrize("method", ["prefill", "decode"])
+def test_a_device_that_fails_in_a_text(kept_artifact, monkeypatch, error, method):
+    def fail(*_):
+        raise error
+
+    with load(kept_artifact, **CPU) as model:
+        monkeypatch.setattr(DecoderEngine, method, fail)
+        with pytest.raises(DeviceError, match="--device cpu"):
+            model.generate("hello", max_tokens=3)
+        monkeypatch.undo()
+        model.generate("hello", max_tokens=3)
+
+
+def test_memory_that_runs_out_in_load_or_at_a_new_engine(kept_artifact, monkeypatch):
+    def fail(*_):
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(CpuDevice, "engine", fail)
+    with load(kept_artifact, **CPU) as model:
+        for use in (lambda: model.generate("hello"), lambda: model.logits(PROMPT), model.new_engine):
+            with pytest.raises(DeviceError, match="out of memory: try a shorter --context"):
+                use()
+    monkeypatch.setattr(CpuDevice, "packed", fail)
+    with pytest.raises(DeviceError, match="out of memory"):
+        load(kept_artifact, **CPU)
+
+
+def test_a_seed_gives_the_same_text_whatever_came_before(model):
+    prompt = "a prompt that is longer than sixteen tokens of this tokenizer, and shared"
+    settings = {"temperature": 1.0, "max_tokens": 30, "chat": False, "seed": 1}
+    model.generate(prompt + " in part", max_tokens=1, chat=False)
+    first, second = (model.generate(prompt, **settings).finish for _ in range(2))
+    assert (first.prompt_tokens > 16, first.reused_tokens, second.reused_tokens) == (True, 0, 0)
+    assert first.tokens == second.tokens
+
+
+def test_logits_are_a_normal_tensor(model):
+    logits = model.logits(PROMPT)
+    assert not logits.is_inference()
+    logits.add_(1)
+
+
+def test_a_closed_model(kept_artifact):
+    with load(kept_artifact, **CPU) as model:
+        model.generate("hello", max_tokens=1)
+    assert model._ready is None
+    with pytest.raises(UsageError, match="closed"):
+        model.generate("hello")
+
+
+def test_what_a_request_lacks_is_said_before_weights_are_bound(kept_artifact, monkeypatch):
+    monkeypatch.setattr("lbq.runtime.model.bind", lambda *_: pytest.fail("bound"))
+    with open_model(kept_artifact, **CPU) as model:
+        for use in (model.stream, lambda _, **options: model.chat(**options)):
+            for options in ({"temperature": -1}, {"think": True}):
+                with pytest.raises(UsageError):
+                    use("hello", **options)
+        model.template = None
+        with pytest.raises(UsageError, match="no chat template"):
+            model.chat()
+        with pytest.raises(UsageError, match="no chat template"):
+            model.stream("hello", chat=True)
 
 
 def test_prompts(model):
@@ -141,6 +241,11 @@ def test_options_are_the_models_unless_said(model):
     assert model.options().sampling == model.defaults.sampling
     changed = model.options(temperature=0.5, max_tokens=3, stop=["x"])
     assert (changed.sampling.temperature, changed.max_tokens, changed.stop) == (0.5, 3, ("x",))
+    assert model.options(stop=None, temperature=None, max_tokens=None, seed=None) == model.options()
+    assert model.options(stop="Paris").stop == ("Paris",)
+    for odd in ({"stop": 5}, {"stop": [5]}, {"temperature": "1"}, {"max_tokens": 2.5}, {"seed": 1.5}):
+        with pytest.raises(UsageError, match=f"{next(iter(odd))}"):
+            model.options(**odd)
     with pytest.raises(UsageError, match="unknown settings: heat"):
         model.options(heat=1)
 
@@ -159,14 +264,23 @@ def test_weights_held(model, kept_artifact):
 
 def test_strict_names_the_first_fallback(kept_artifact, monkeypatch):
     load(kept_artifact, strict=True, **CPU).close()
-    slow = [KernelUse("lm_head", "a slow kernel", "it is Monday", 1)]
-    monkeypatch.setattr("lbq.runtime.model.Model.kernels", lambda _: slow)
+    slow = (KernelUse("lm_head", "a slow kernel", "it is Monday", 1),)
+    monkeypatch.setattr("lbq.runtime.model.bind", lambda *_: Bound(None, slow, 0))
     with pytest.raises(DeviceError, match="lm_head: a slow kernel, because it is Monday"):
         load(kept_artifact, strict=True, **CPU)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"context": 0}, {"context": 129}, {"threads": 0}, {"dtype": "float16"}, {"device": "tpu"}]
+    "arguments",
+    [
+        {"context": 0},
+        {"context": 129},
+        {"context": 2.5},
+        {"threads": 0},
+        {"threads": 10**9},
+        {"dtype": "float16"},
+        {"device": "tpu"},
+    ],
 )
 def test_arguments_that_make_no_sense(kept_artifact, arguments):
     with pytest.raises(UsageError, match=str(next(iter(arguments.values())))):

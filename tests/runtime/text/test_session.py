@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lbq.formats.errors import UsageError
+from lbq.formats.errors import DataError, DeviceError, UsageError
+from lbq.runtime.engines import EnginePool
 from lbq.runtime.text.chat import ChatTemplate
 from lbq.runtime.text.generation import Finish, GenerationOptions
-from lbq.runtime.text.session import ChatSession, TrackedEngine, Turn
+from lbq.runtime.text.sampling import SamplingOptions
+from lbq.runtime.text.session import ChatSession, Turn
 from lbq.runtime.text.tokenizer import Tokenizer
 
 Scripted = Callable[..., Any]
@@ -34,7 +37,7 @@ def template() -> Iterator[ChatTemplate]:
 
 
 class Chats:
-    """Makes sessions whose engine gives the answers written down for it."""
+    """Makes sessions whose engines give the answers written down for them; ``engine`` is the latest."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, scripted: Scripted) -> None:
         self.tokenizer, self.template, self.scripted = tokenizer, template, scripted
@@ -44,9 +47,15 @@ class Chats:
         end = self.tokenizer.token_id("<|im_end|>")
         assert end is not None
         tokens = [id for text in answers for id in (*self.tokenizer.encode(text, add_special_tokens=False), end)]
-        self.engine = self.scripted(tokens, context=context)
-        chosen = GenerationOptions(stop=options.pop("stop", ()))
-        return ChatSession(self.engine, self.tokenizer, self.template, chosen, {end}, **options)
+        script = iter(tokens)
+        self.pool = EnginePool(lambda: self.make(script, context), context)
+        sampling = SamplingOptions(seed=options.pop("seed", None))
+        chosen = GenerationOptions(stop=options.pop("stop", ()), sampling=sampling)
+        return ChatSession(self.pool, self.tokenizer, self.template, chosen, {end}, **options)
+
+    def make(self, script: Iterator[int], context: int) -> Any:
+        self.engine = self.scripted(script, context=context)
+        return self.engine
 
 
 @pytest.fixture
@@ -93,7 +102,7 @@ def test_the_prompt_is_the_template_and_nothing_more(chats: Chats) -> None:
 def test_a_tokenizer_that_adds_bos_does_not_add_a_second(sentencepiece_folder: Path, scripted: Scripted) -> None:
     tokenizer = Tokenizer.load(sentencepiece_folder)
     template = ChatTemplate("{{ bos_token }}{{ messages[0].content }}", tokenizer.special_tokens, "here")
-    session = ChatSession(scripted([]), tokenizer, template, GenerationOptions(), ())
+    session = ChatSession(EnginePool(lambda: scripted([]), 64), tokenizer, template, GenerationOptions(), ())
     assert session.prompt_ids("a").count(1) == 1
     template.close()
 
@@ -118,10 +127,11 @@ def test_thinking_switch(chats: Chats) -> None:
 
 def test_a_template_without_the_switch_or_none_at_all(chats: Chats, tokenizer: Tokenizer) -> None:
     plain = ChatTemplate("{{ messages[0].content }}", {}, "here")
+    pool = EnginePool(lambda: chats.scripted([]), 64)
     with pytest.raises(UsageError, match="--think"):
-        ChatSession(chats.scripted([]), tokenizer, plain, GenerationOptions(), (), think=False)
+        ChatSession(pool, tokenizer, plain, GenerationOptions(), (), think=False)
     with pytest.raises(UsageError, match="--no-chat"):
-        ChatSession(chats.scripted([]), tokenizer, None, GenerationOptions(), ())
+        ChatSession(pool, tokenizer, None, GenerationOptions(), ())
 
 
 def test_a_full_context_is_said_and_nothing_is_lost(chats: Chats) -> None:
@@ -161,66 +171,59 @@ def test_an_answer_left_before_anything_was_shown_is_not_kept(chats: Chats) -> N
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    chats.engine.prefill = interrupted
+    with chats.pool.engine():
+        chats.engine.prefill = interrupted
     with pytest.raises(KeyboardInterrupt):
         say(session, "Hi")
     assert session.history == ()
 
 
-def test_a_failed_step_leaves_the_history_and_the_state_right(chats: Chats) -> None:
+def test_an_interrupted_step_leaves_the_state_right(chats: Chats) -> None:
     session = chats.session("one two three", "fine")
-    real, calls = chats.engine.decode, 0
+    with chats.pool.engine():
+        first = chats.engine
+    real = first.prefill
 
-    def failing(token: int) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            chats.engine.ids.append(999)  # half done
-            raise RuntimeError("out of memory")
-        return real(token)
+    def interrupted(ids: list[int]) -> Any:
+        first.ids.extend(ids[:3])  # half done
+        raise KeyboardInterrupt
 
-    chats.engine.decode = failing
-    with pytest.raises(RuntimeError):
+    first.prefill = interrupted
+    with pytest.raises(KeyboardInterrupt):
         say(session, "Hi")
     assert session.history == ()
-    chats.engine.decode = real
-    prompt = session.prompt_ids("Hi")
-    _, finish = say(session, "Hi")
-    assert finish.reused_tokens == len(prompt) - 1
-    assert chats.engine.ids[: len(prompt)] == prompt
-
-
-def test_a_prompt_left_half_way_is_forgotten(chats: Chats) -> None:
-    session = chats.session("fine")
-    real = chats.engine.prefill
-
-    def failing(ids: list[int]) -> Any:
-        chats.engine.ids.extend(ids[:3])
-        raise RuntimeError("out of memory")
-
-    chats.engine.prefill = failing
-    with pytest.raises(RuntimeError):
-        say(session, "Hi")
-    chats.engine.prefill = real
+    first.prefill = real
     prompt = session.prompt_ids("Hi")
     say(session, "Hi")
-    assert chats.engine.ids[: len(prompt)] == prompt
+    assert chats.engine is first
+    assert first.ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(("error", "seen"), [(DataError, DataError), (torch.OutOfMemoryError, DeviceError)])
+def test_after_an_error_the_engine_is_another(chats: Chats, error: Any, seen: Any) -> None:
+    session = chats.session("one two three", "fine")
+    assert say(session, "Hi")[0] == "one two three"
+    first = chats.engine
+
+    def failing(_: object) -> Any:
+        raise error("broken")
+
+    first.decode = failing
+    with pytest.raises(seen):
+        say(session, "Ho")
+    assert len(session.history) == 2
+    _, finish = say(session, "Ho")
+    assert chats.engine is not first
+    assert finish.reused_tokens == 0
+
+
+def test_a_seed_computes_every_prompt_whole(chats: Chats) -> None:
+    session = chats.session("one", "two", seed=1)
+    say(session, "Hi")
+    assert say(session, "Ho")[1].reused_tokens == 0
 
 
 def test_stop_strings_are_not_in_the_history(chats: Chats) -> None:
     session = chats.session("yes STOP no", stop=(" STOP",))
     assert say(session, "Hi")[0] == "yes"
     assert session.history[-1] == Turn("assistant", "yes")
-
-
-def test_tracked_engine_shares_at_most_all_but_one(chats: Chats) -> None:
-    engine = chats.scripted([1, 1, 1])
-    engine.ids = [4, 4]
-    tracked = TrackedEngine(engine)
-    assert engine.ids == []
-    tracked.prefill([1, 2])
-    tracked.decode(3)
-    shared = [tracked.shared_prefix(ids) for ids in ([1, 2, 3], [1, 2, 3, 4], [1, 9, 3], [9], [1], [1, 2])]
-    assert shared == [2, 3, 1, 0, 0, 1]
-    tracked.truncate(2)
-    assert (tracked.position, engine.position, tracked.shared_prefix([1, 2, 3])) == (2, 2, 2)

@@ -1,0 +1,97 @@
+"""Which device is taken and why not, how much context fits it, and how its failures are told."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from lbq.formats.errors import DeviceError, UsageError
+from lbq.runtime import devices
+from lbq.runtime.devices import CpuDevice, CudaDevice, device_errors, find_device, fitting_context
+
+GB = 1 << 30
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU that lbq can use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
+    return monkeypatch
+
+
+def test_a_gpu_is_taken_where_it_can_be(gpu):
+    assert find_device("auto", exact=False) == find_device("cuda", exact=False) == CudaDevice(False)
+    assert find_device("cpu", exact=True) == CpuDevice(True)
+    gpu.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("auto", exact=False) == CpuDevice(False, note=None)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "message"),
+    [
+        (torch.version, "hip", "6.4", "ROCm"),
+        (torch.cuda, "get_device_capability", lambda: (7, 5), "7.5"),
+        (devices.shutil, "which", lambda _: None, "install gcc"),
+    ],
+)
+def test_a_gpu_of_no_use_is_said(gpu, where, name, value, message):
+    gpu.setattr(where, name, value)
+    with pytest.raises(DeviceError, match=f"{message}.*--device cpu"):
+        find_device("cuda", exact=False)
+    found = find_device("auto", exact=False)
+    assert isinstance(found, CpuDevice)
+    assert message in str(found.note)
+    assert find_device("cpu", exact=False).note is None
+
+
+def test_a_compiler_named_by_the_environment(gpu):
+    gpu.setattr(devices.shutil, "which", lambda name: name if name == "/opt/cc" else None)
+    gpu.setenv("CC", "/opt/cc")
+    assert find_device("cuda", exact=False) == CudaDevice(False)
+
+
+@pytest.mark.parametrize(
+    ("most", "token_bytes", "free", "context"),
+    [
+        (131072, 1 << 17, 80 * GB, 8192),
+        (2048, 1 << 17, 80 * GB, 2048),
+        (131072, 1 << 17, GB + 4096 * (1 << 17), 4096),
+        (131072, 1 << 17, GB + 4096 * (1 << 17) - 1, 3840),
+        (131072, 1 << 17, GB // 2, 256),
+        (100, 1 << 17, 0, 100),
+    ],
+)
+def test_the_context_that_fits(most, token_bytes, free, context):
+    assert fitting_context(most, token_bytes, free) == context
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "--context N, or --device cpu"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access\nwas encountered"), "access was encountered;"),
+        (CompilationError(None, None, "no"), "CompilationError"),
+        (OutOfResources(300000, 232448, "shared memory"), "shared memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "--device cpu"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "shorter --context"),
+        (subprocess.CalledProcessError(1, "gcc"), "headers of Python"),
+    ],
+)
+def test_failures_of_a_device(error, message):
+    with pytest.raises(DeviceError, match=message) as caught, device_errors():
+        raise error
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), UsageError("no"), KeyboardInterrupt()])
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as caught, device_errors():
+        raise error
+    assert caught.value is error
