@@ -116,6 +116,7 @@ class ReferenceKernels:
 class Tiny:
     """One tiny model."""
 
+    family: str
     folder: Path  # holds its config.json
     weights: MemoryWeights
 
@@ -157,7 +158,7 @@ def tiny_model(family: str, folder: Path, *, bits: int = 4, seed: int = 1) -> Ti
             dense[f"{p.name}.bias"] = normal(p.out_features, scale=0.3)
     dense |= {f"{name}.weight": 1 + normal(width, scale=0.2) for name, width in spec.norms()}
     weights.tensors = {name: tensor.to(torch.bfloat16) for name, tensor in dense.items()}
-    return Tiny(folder, weights)
+    return Tiny(family, folder, weights)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
