@@ -20,12 +20,16 @@ from lbq.runtime.kernels.cpu.fbgemm import byte_bags
 
 ROWS_BY_BAGS = 16  # tokens up to which bags are about as fast as dequantise + matmul, or faster
 TILE = 1 << 19  # weights that dequantise + matmul takes at a time: 2 MiB of float32
+PLANS = 64  # bags that are kept for the next matrix of the shape: 4 bytes for every row of a table
 HEADER = 8  # bytes behind a row of codes: float32 factor, float32 offset
 
 
 @dataclass(frozen=True)
 class Bags:
-    """Which rows of a table uint8 [≥ shards·K, columns + 8] are summed together: a group, or a piece of one."""
+    """Which rows of a table uint8 [≥ shards·K, columns + 8] are summed together: a group, or a piece of one.
+
+    Linears of one shape share it, and none counts it among its ``resident_bytes``.
+    """
 
     shards: int
     pieces: int  # bags whose sums are added before the scale, side by side
@@ -56,7 +60,7 @@ class Bags:
         return sums if self.bags == 1 else sums.sum(0, keepdim=True)
 
 
-@functools.cache
+@functools.lru_cache(PLANS)
 def even_bags(shards: int, k: int, group: int, threads: int) -> Bags:
     """One bag a group; groups are cut in equal pieces where there would be too few for the threads."""
     pieces = 1
@@ -66,7 +70,7 @@ def even_bags(shards: int, k: int, group: int, threads: int) -> Bags:
     return _bags(shards, pieces, k, starts, range(k // group))
 
 
-@functools.cache
+@functools.lru_cache(PLANS)
 def aligned_bags(k: int, group: int, threads: int) -> Bags:
     """Bags that also end where a table of K rows (one more if odd) falls into equal parts, one for each thread.
 

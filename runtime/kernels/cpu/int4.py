@@ -21,6 +21,7 @@ from lbq.runtime.kernels.cpu.bags import (
 from lbq.runtime.kernels.cpu.mapped import check_input
 
 SCRATCH_BYTES = 2 << 20  # codes unpacked at a time for each thread: more falls out of the cache, less is more calls
+MOST_TABLES = 16  # scratch tables that a Python thread keeps: one for every shape of matrix, and a model has few
 NARROWEST = 512  # columns of a scratch table, if N has them: below, the per-row work of a bag shows
 MOST_MEMORY = 1.12  # of the stored bytes, for aligned bags: with padding it stays below 1.15
 
@@ -106,7 +107,11 @@ class _Scratch:
 
 
 class _ScratchPool(threading.local):
-    """One table a shape and thread, shared by all linears: they run one after another."""
+    """Tables of one Python thread, one a shape, shared by all linears: they run one after another.
+
+    They are not part of any linear's ``resident_bytes`` and outlive it: MOST_TABLES of them, each about SCRATCH_BYTES a
+    thread of torch, or NARROWEST · K bytes where that is more.
+    """
 
     def __init__(self) -> None:
         self.tables: dict[tuple[int, int, int], _Scratch] = {}
@@ -116,7 +121,10 @@ _pool = _ScratchPool()
 
 
 def _scratch(blocks: int, half: int, columns: int) -> _Scratch:
-    table = _pool.tables.get((blocks, half, columns))
+    tables, shape = _pool.tables, (blocks, half, columns)
+    table = tables.get(shape)
     if table is None:
-        table = _pool.tables[blocks, half, columns] = _Scratch(blocks, half, columns)
+        if len(tables) >= MOST_TABLES:
+            del tables[next(iter(tables))]  # the oldest
+        table = tables[shape] = _Scratch(blocks, half, columns)
     return table

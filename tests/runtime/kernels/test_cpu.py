@@ -158,6 +158,16 @@ def test_resident_bytes_stay_within_the_bound(n: int, k: int, bits: int, threads
         assert cpu_linear(weight).resident_bytes <= (1.5 if bits == 3 else 1.15) * weight.nbytes
 
 
+def test_scratch_tables_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4, "MOST_TABLES", 2)
+    int4._pool.tables.clear()
+    weights = [make_weight(n, 64, 4, 32) for n in (16, 24, 40)]
+    for weight in [*weights, weights[0]]:
+        x = make_input(1, 64)
+        check(cpu_linear(weight)(x), x, weight.dequantize(torch.float64))
+        assert 1 <= len(int4._pool.tables) <= 2
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_a_repacked_weight_is_let_go(bits: int) -> None:
     weight = make_weight(64, 128, bits, 32)
