@@ -57,7 +57,10 @@ class AttentionMixer:
 def attend(q: torch.Tensor, seen: Seen, scale: float) -> torch.Tensor:
     """softmax(scale · q · kᵀ) · v: float32 q [T, heads, head_dim] → float32 [T, heads · head_dim].
 
-    Computes in the cache's dtype with float32 sums, whatever torch's kernel for the device does between.
+    Computes in the cache's dtype with float32 sums, whatever torch's kernel for the device does between. On CUDA torch
+    chooses among CUDA_BACKENDS: flash attention for what needs no mask, else the memory-efficient kernel, and the plain
+    formula, which keeps the scores of all tokens in memory, where neither takes the shape (a head_dim that is no
+    multiple of 8, say). Which of them served is not reported.
     """
     tokens, heads, dim = q.shape
     kv_heads = seen.k.shape[0]

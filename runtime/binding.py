@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 
-from lbq.formats.errors import DataError
 from lbq.formats.packing import PackedWeight
 from lbq.formats.spec import Attention, Layer, ModelSpec, Norm, Projection, Rope
 from lbq.runtime.attention import AttentionMixer
@@ -23,20 +22,34 @@ from lbq.runtime.rope import Rotary
 
 
 class Weights(Protocol):
-    """Where weights come from: an :class:`lbq.formats.artifact.Artifact`."""
+    """Where weights come from: an :class:`lbq.formats.artifact.Artifact`.
+
+    Complete and of the shapes that ``spec`` says; the parts of a fused unit share bits and group, or are all dense.
+    Tensors may lie in a mapped file.
+    """
 
     @property
     def spec(self) -> ModelSpec: ...
 
-    def is_quantized(self, module: str) -> bool: ...
+    def is_quantized(self, module: str) -> bool:
+        """Whether ``module`` has a packed weight, rather than a dense one."""
+        ...
 
-    def packed(self, module: str) -> PackedWeight: ...
+    def packed(self, module: str) -> PackedWeight:
+        """The weight [N, K] of a quantized module: words int32 [N, ⌈K·bits/32⌉], scales bfloat16 [N, K/group]."""
+        ...
 
-    def dense(self, name: str) -> torch.Tensor: ...
+    def dense(self, name: str) -> torch.Tensor:
+        """A tensor by its full name: bfloat16, [N, K] for a matrix, [N] for a bias or a norm."""
+        ...
 
-    def release(self, module: str) -> None: ...
+    def release(self, module: str) -> None:
+        """The memory of ``module``'s packed weight is not needed soon."""
+        ...
 
-    def release_dense(self, name: str) -> None: ...
+    def release_dense(self, name: str) -> None:
+        """The memory of tensor ``name`` is not needed soon."""
+        ...
 
 
 class Kernels(Protocol):
@@ -74,10 +87,7 @@ class Bound:
 
 
 def bind(weights: Weights, kernels: Kernels) -> Bound:
-    """Bind every tensor that the spec names.
-
-    Raises DataError where the parts of a fused unit do not share bits and group.
-    """
+    """Bind every tensor that the spec names."""
     return _Binder(weights, kernels).bind()
 
 
@@ -118,12 +128,13 @@ class _Binder:
         )
 
     def _attention(self, spec: Attention, i: int) -> AttentionMixer:
-        rotary = self._rotaries.setdefault(spec.rope, Rotary(spec.rope, self._kernels.device))
+        if spec.rope not in self._rotaries:
+            self._rotaries[spec.rope] = Rotary(spec.rope, self._kernels.device)
         return AttentionMixer(
             spec,
             self._unit(spec.qkv, i),
             self._unit((spec.out,), i),
-            rotary,
+            self._rotaries[spec.rope],
             self._norm(spec.q_norm, i) if spec.q_norm else None,
             self._norm(spec.k_norm, i) if spec.k_norm else None,
         )
@@ -136,20 +147,20 @@ class _Binder:
         """One kernel for projections that read the same input, their outputs one after the other."""
         parts = tuple(p.at(i) for p in unit)
         quantized = {self._weights.is_quantized(p.name) for p in parts}
-        if len(quantized) != 1:
-            raise DataError(f"{_names(parts)}: some are quantized and some are not; lbq fuses them, convert again")
-        linear = (self._packed if quantized.pop() else self._dense)(parts)
+        assert len(quantized) == 1
+        linear = self._packed(parts) if quantized.pop() else self._dense(parts)
         return self._use(unit, linear)
 
     def _packed(self, parts: tuple[Projection, ...]) -> Linear:
         packed = [self._weights.packed(p.name) for p in parts]
         first = packed[0]
-        if any((w.bits, w.group) != (first.bits, first.group) for w in packed):
-            raise DataError(f"{_names(parts)}: bits and groups differ; lbq fuses them, convert again")
+        assert all((w.bits, w.group, w.k) == (first.bits, first.group, first.k) for w in packed)
         words, scales = _joined([w.words for w in packed]), _joined([w.scales for w in packed])
         whole = PackedWeight(words, scales, first.bits, first.group, first.k)
         linear = self._kernels.packed(whole, self._bias(parts))
-        if self._holds(linear, parts, whole.nbytes):
+        held = _held(linear, parts, whole.nbytes)
+        self._resident += held
+        if held:
             for p in parts:
                 self._weights.release(p.name)
         return linear
@@ -158,7 +169,9 @@ class _Binder:
         names = [f"{p.name}.weight" for p in parts]
         whole = _joined([self._weights.dense(name) for name in names])
         linear = self._kernels.dense(whole, self._bias(parts))
-        if self._holds(linear, parts, whole.nbytes):
+        held = _held(linear, parts, whole.nbytes)
+        self._resident += held
+        if held:
             for name in names:
                 self._weights.release_dense(name)
         return linear
@@ -166,15 +179,10 @@ class _Binder:
     def _tied_head(self, embedding: torch.Tensor) -> Linear:
         unit = (self._spec.head,)
         linear = self._kernels.dense(embedding, self._bias(unit))
-        if self._holds(linear, unit, 0) and embedding.is_cpu:
+        self._resident += linear.resident_bytes
+        if linear.resident_bytes and embedding.is_cpu:
             self._weights.release_dense(f"{self._spec.embedding}.weight")
         return self._use(unit, linear)
-
-    def _holds(self, linear: Linear, parts: tuple[Projection, ...], nbytes: int) -> bool:
-        """Count what a kernel holds: its own arrangement, or the joined matrix where it uses that, or only the file."""
-        held = linear.resident_bytes or (nbytes if len(parts) > 1 else 0)
-        self._resident += held
-        return held > 0
 
     def _bias(self, parts: tuple[Projection, ...]) -> torch.Tensor | None:
         if not any(p.bias for p in parts):
@@ -190,6 +198,11 @@ class _Binder:
         key = (_names(unit), linear.kernel, linear.fallback)
         self._uses[key] = self._uses.get(key, 0) + 1
         return linear
+
+
+def _held(linear: Linear, parts: tuple[Projection, ...], nbytes: int) -> int:
+    """Bytes that a kernel holds: its own arrangement, or the joined matrix where it uses that, or only the file: 0."""
+    return linear.resident_bytes or (nbytes if len(parts) > 1 else 0)
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -36,22 +36,43 @@ class Step(Protocol):
         ...
 
 
-class HostStep:
-    """Positions known to Python: prompts anywhere, single tokens on the CPU."""
+class _Positions:
+    """What layers that share a rope or a window compute once a pass."""
 
-    def __init__(self, start: int, length: int, device: torch.device) -> None:
-        self._start, self._length, self._device = start, length, device
+    def __init__(self, positions: torch.Tensor) -> None:
+        """``positions``: int64 [T], of the new tokens."""
+        self._positions = positions
         self._angles: dict[Rotary, Angles] = {}
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def angles(self, rotary: Rotary) -> Angles:
+        """Cosines and sines of the new positions."""
         found = self._angles.get(rotary)
         if found is None:
-            positions = torch.arange(self._start, self._start + self._length, device=self._device)
-            found = self._angles[rotary] = rotary.angles(positions)
+            found = self._angles[rotary] = rotary.angles(self._positions)
         return found
 
+    def _mask(self, slots: torch.Tensor, window: int | None) -> torch.Tensor:
+        """bool [T, S]: whether each new token sees positions ``slots``, int64 [S], the same at each call."""
+        found = self._masks.get(window)
+        if found is None:
+            token = self._positions.unsqueeze(1)
+            found = slots <= token
+            if window is not None:
+                found &= slots > token - window
+            self._masks[window] = found
+        return found
+
+
+class HostStep(_Positions):
+    """Positions known to Python: prompts anywhere, single tokens on the CPU."""
+
+    def __init__(self, start: int, length: int, device: torch.device) -> None:
+        super().__init__(torch.arange(start, start + length, device=device))
+        self._start, self._length = start, length
+
     def store(self, cache: KVCache, kv: torch.Tensor, window: int | None) -> Seen:
+        """See :class:`Step`."""
         start, length = self._start, self._length
         stop = start + length
         cache.reserve(stop)
@@ -65,18 +86,10 @@ class HostStep:
             return Seen(k, v, None, causal=False)
         if start == 0 and (window is None or stop <= window):
             return Seen(k, v, None, causal=True)
-        return Seen(k, v, self._mask(first, window), causal=False)
-
-    def _mask(self, first: int, window: int | None) -> torch.Tensor:
-        found = self._masks.get(window)
-        if found is None:
-            stop = self._start + self._length
-            token = torch.arange(self._start, stop, device=self._device).unsqueeze(1)
-            found = self._masks[window] = _visible(torch.arange(first, stop, device=self._device), token, window)
-        return found
+        return Seen(k, v, self._mask(torch.arange(first, stop, device=kv.device), window), causal=False)
 
 
-class DeviceStep:
+class DeviceStep(_Positions):
     """One token whose position is a tensor, so that a CUDA graph of the step serves many positions."""
 
     def __init__(self, position: torch.Tensor, slots: torch.Tensor) -> None:
@@ -86,27 +99,12 @@ class DeviceStep:
         """
         assert position.dtype == torch.int64
         assert position.shape == (1,)
-        self._position, self._slots = position, slots
-        self._angles: dict[Rotary, Angles] = {}
-        self._masks: dict[int | None, torch.Tensor] = {}
-
-    def angles(self, rotary: Rotary) -> Angles:
-        found = self._angles.get(rotary)
-        if found is None:
-            found = self._angles[rotary] = rotary.angles(self._position)
-        return found
+        super().__init__(position)
+        self._slots = slots
 
     def store(self, cache: KVCache, kv: torch.Tensor, window: int | None) -> Seen:
+        """See :class:`Step`."""
         new = kv.view(2, -1, 1, kv.shape[2]).to(cache.kv.dtype)
-        cache.kv.index_copy_(2, self._position, new)
-        mask = self._masks.get(window)
-        if mask is None:
-            mask = self._masks[window] = _visible(self._slots, self._position.unsqueeze(1), window)
+        cache.kv.index_copy_(2, self._positions, new)
         k, v = cache.kv.narrow(2, 0, self._slots.shape[0]).unbind(0)
-        return Seen(k, v, mask, causal=False)
-
-
-def _visible(slot: torch.Tensor, token: torch.Tensor, window: int | None) -> torch.Tensor:
-    """bool [T, S]: whether the token at position ``token`` [T, 1] sees position ``slot`` [S]."""
-    seen = slot <= token
-    return seen if window is None else seen & (slot > token - window)
+        return Seen(k, v, self._mask(self._slots, window), causal=False)

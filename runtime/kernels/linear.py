@@ -12,8 +12,6 @@ class Linear(Protocol):
 
     kernel: str  # what serves it, in words a user reads: "torch int4pack (CPU)"
     fallback: str | None  # why this is not the fast path, or None: said after a run, an error under --strict
-    n: int
-    k: int
     resident_bytes: int  # memory of its own beyond the mapped file
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

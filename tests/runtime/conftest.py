@@ -93,7 +93,6 @@ class ReferenceLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernel: str, fallback: str | None) -> None:
         self.kernel, self.fallback = kernel, fallback
-        self.n, self.k = weight.shape
         self.resident_bytes = weight.nbytes
         self._weight, self._bias = weight, bias
 

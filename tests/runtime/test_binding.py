@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 
-from lbq.formats.errors import DataError
 from lbq.formats.packing import PackedWeight
-from lbq.quantizer.rtn import quantize
 from lbq.runtime.binding import KernelUse, bind
 
 
@@ -22,8 +19,6 @@ class Seen:
     kernel: str
     resident_bytes: int
     fallback: str | None = None
-    n: int = 0
-    k: int = 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -99,19 +94,3 @@ def test_what_was_copied_is_released_and_counted(make_tiny):
     bound = bind(tiny.weights, Recorder(resident=1000))
     assert {*joined, *alone, "lm_head"} <= set(tiny.weights.released)
     assert bound.resident_bytes == 13 * 1000
-
-
-@pytest.mark.parametrize(("bits", "group"), [(8, 32), (4, 96)])
-def test_unit_of_two_schemes_is_refused(make_tiny, bits, group):
-    tiny = make_tiny("llama3-rope")
-    name = "model.layers.2.self_attn.k_proj"
-    tiny.weights.quantized[name] = quantize(tiny.weights.packed(name).dequantize(), bits, group)
-    with pytest.raises(DataError, match=r"model\.layers\.2\.self_attn\.\{q_proj,k_proj,v_proj\}: bits and groups"):
-        bind(tiny.weights, Recorder())
-
-
-def test_unit_that_is_quantized_in_part_is_refused(make_tiny):
-    tiny = make_tiny("llama3-rope")
-    del tiny.weights.quantized["model.layers.0.mlp.up_proj"]
-    with pytest.raises(DataError, match=r"mlp\.\{gate_proj,up_proj\}: some are quantized"):
-        bind(tiny.weights, Recorder())
