@@ -135,7 +135,8 @@ def find_device(name: Literal["auto", "cpu", "cuda"], *, exact: bool) -> Device:
 def _gpu_trouble() -> str | None:
     if torch.version.hip is not None:
         return "torch is built for ROCm, and lbq's kernels need an NVIDIA GPU"
-    found = torch.cuda.get_device_capability()
+    with device_errors():  # the first call to the driver
+        found = torch.cuda.get_device_capability()
     if found < CUDA_CAPABILITY:
         needed = ".".join(map(str, CUDA_CAPABILITY))
         return f"its compute capability is {found[0]}.{found[1]}, and lbq's kernels need {needed} (Ampere or later)"
