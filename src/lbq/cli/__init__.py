@@ -43,10 +43,27 @@ for command in (convert, inspect, verify, evaluate, run):
 def main() -> NoReturn:
     """Run the command line and exit."""
     signal.signal(signal.SIGTERM, _terminate)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # text that a terminal cannot show is escaped, not an error
             stream.reconfigure(errors="backslashreplace")
     sys.exit(_run())
+
+
+def _open_closed_streams() -> None:
+    """Stand in for streams that the caller closed (``>&-``): nobody reads them, and no file may get their number.
+
+    ``sys.stdin`` stays None, so that a command can say that it has nothing to read.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the least free number
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

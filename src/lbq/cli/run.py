@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lbq.formats.errors import DataError, UsageError
+from lbq.cli.display import note, plain
+from lbq.formats.errors import DataError, DeviceError, UsageError
 
 if TYPE_CHECKING:
     from lbq.runtime.model import Model
     from lbq.runtime.text.generation import Finish
     from lbq.runtime.text.session import ChatSession
 
+SAMPLING = ("top_k", "top_p", "min_p", "seed")  # options without effect on the most probable token
 CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an answer."
 
 
@@ -36,7 +38,11 @@ CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an ans
 @click.option("--repetition-penalty", type=float)
 @click.option("--seed", type=int, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
-@click.option("--context", type=int, help="The most tokens of prompt and answer.  [the model's; on a GPU up to 8192]")
+@click.option(
+    "--context",
+    type=int,
+    help="The most tokens of prompt and answer.  [the model's; on a GPU up to 8192, as memory allows]",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "float32"]), default="auto", help="float32: exact and slow.")
 @click.option("--threads", type=int, help="CPU threads.")
@@ -55,17 +61,17 @@ def run(
     **settings: Any,
 ) -> None:
     """Run ARTIFACT: answer a prompt, or chat at the terminal."""
-    from lbq.runtime.model import load
-
-    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+    if prompt == "-" or (prompt is None and not _at_terminal()):
         prompt = _read_stdin()
     if system is not None and chat is False:
         raise UsageError("--system needs the chat template: leave out --no-chat")
     if prompt is None and chat is False:
         raise UsageError("--no-chat continues a prompt: give one with -p")
+    from lbq.runtime.model import open_model
+
     given = {name: value for name, value in settings.items() if value is not None}
-    model = load(artifact, device=device, dtype=dtype, context=context, strict=strict, threads=threads)
-    try:
+    with open_model(artifact, device=device, dtype=dtype, context=context, strict=strict, threads=threads) as model:
+        _say_notes(model, given, continues=prompt is not None and system is None and chat is None)
         if prompt is None:
             _chat(model, model.chat(system=system, think=think, **given))
             finish = None
@@ -78,11 +84,27 @@ def run(
                 click.echo()
             finish = stream.finish
         _say_how(model, finish)
-    finally:
-        model.close()
+
+
+def _say_notes(model: Model, given: dict[str, Any], *, continues: bool) -> None:
+    """What differs from what the user may expect."""
+    if model.note is not None:
+        note(model.note)
+    if continues and model.template is None:
+        note("this model has no chat template: it continues the text as it is")
+    if model.options(**given).sampling.temperature == 0.0:
+        idle = [f"--{name.replace('_', '-')}" for name in SAMPLING if name in given]
+        if idle:
+            note(f"{', '.join(idle)}: no effect at temperature 0")
+
+
+def _at_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise UsageError("stdin is closed: give a prompt with -p")
     try:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
@@ -125,8 +147,8 @@ def _chat(model: Model, session: ChatSession) -> None:
             except KeyboardInterrupt:
                 click.echo()
                 click.echo("(stopped)", err=True)
-            except UsageError as error:  # the chat does not fit any more; it can be reset
-                click.echo(f"lbq: {error}", err=True)
+            except (UsageError, DeviceError) as error:  # the chat does not fit any more; it can be reset
+                click.echo(f"lbq: {plain(str(error))}", err=True)
 
 
 def _write(pieces: Iterable[str]) -> None:
@@ -149,7 +171,7 @@ def _say_how(model: Model, finish: Finish | None) -> None:
     """What was done, where, and by which kernel; a fallback is said."""
     if finish is not None:
         _say_finish(finish)
-    click.echo(f"[{_device(model)}]", err=True)
+    click.echo(f"[{_device(model)}, context {model.context}]", err=True)
     for use in model.kernels():
         slow = f"  FALLBACK: {use.fallback}" if use.fallback else ""
         click.echo(f"[{use.count:4} × {use.units}: {use.kernel}{slow}]", err=True)
