@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
+from lbq.formats.artifact import open_artifact
+from lbq.formats.errors import DataError
 from lbq.formats.packing import PackedWeight
 from lbq.runtime.binding import KernelUse, bind
 
@@ -94,3 +98,26 @@ def test_what_was_copied_is_released_and_counted(make_tiny):
     bound = bind(tiny.weights, Recorder(resident=1000))
     assert {*joined, *alone, "lm_head"} <= set(tiny.weights.released)
     assert bound.resident_bytes == 13 * 1000
+
+
+@pytest.mark.parametrize("module", ["self_attn.k_proj", "mlp.up_proj"])
+def test_parts_of_a_unit_that_differ_are_refused_before_binding(artifact, resave, reseal, module):
+    name, manifest_path = f"model.layers.1.{module}", artifact / "lbq.json"
+    with open_artifact(artifact) as opened:
+        matrix = opened.packed(name).dequantize().to(torch.bfloat16)
+
+    def make_dense(tensors):
+        for part in ("packed", "scale", "shape"):
+            del tensors[f"{name}.weight_{part}"]
+        tensors[f"{name}.weight"] = matrix
+
+    resave(artifact, make_dense)
+    manifest = json.loads(manifest_path.read_text())
+    del manifest["quantized"][name]
+    manifest["dense"][f"{name}.weight"] = {"shape": list(matrix.shape)}
+    names = [file for file in manifest["files"] if not file.startswith("model")]
+    manifest["files"] = dict.fromkeys([*names, "model.safetensors"])
+    manifest_path.write_text(json.dumps(manifest))
+    reseal(artifact)
+    with pytest.raises(DataError, match="are fused and differ in bits or group"):
+        open_artifact(artifact)
