@@ -108,7 +108,7 @@ def set_threads(threads: int) -> None:
 
 
 def fitting_context(most: int, token_bytes: int, free: int) -> int:
-    """A context for ``free`` bytes of memory: at most ``most`` and CUDA_CONTEXT, a multiple of the cache's step."""
+    """The context that ``free`` bytes hold: at most ``most`` and CUDA_CONTEXT, and one bucket whatever is free."""
     fitting = (free - CUDA_SPARE) // token_bytes // BUCKET * BUCKET
     return min(most, CUDA_CONTEXT, max(fitting, BUCKET))
 
