@@ -142,7 +142,7 @@ def test_originals_of_other_dtypes_are_rounded(
     path = convert(source, tmp_path / "out", bits=8, device="cpu").path
     found = evaluate(path, source, text, device="cpu")
     name = str(dtype).removeprefix("torch.")
-    assert found.notes == (f"tensors that stay are rounded from {name} to bfloat16",)
+    assert found.notes == (f"{source}: tensors that stay are rounded from {name} to bfloat16",)
     assert found.scores.kl.mean < 0.02
     with open_original(resolve(source)) as original:
         for projection in original.spec.projections():

@@ -36,7 +36,7 @@ def evaluate(artifact: Path, against: str, text: Path, as_json: bool, **options:
         click.echo(msgspec.json.format(msgspec.json.encode(found)))
         return
     for line in found.notes:
-        note(f"{found.reference}: {line}")
+        note(line)
     _print(found)
 
 

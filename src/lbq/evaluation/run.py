@@ -17,12 +17,12 @@ from lbq.evaluation.result import VERSION, Evaluation, Text, Weights
 from lbq.evaluation.scores import Scorer, summarize
 from lbq.evaluation.windows import Windows, cut, read_text
 from lbq.formats.artifact import Artifact, open_artifact
-from lbq.formats.errors import DataError, DeviceError, UsageError
+from lbq.formats.errors import DataError, UsageError
 from lbq.formats.manifest import MANIFEST
 from lbq.quantizer.original import Original, open_original
 from lbq.quantizer.source import resolve
 from lbq.runtime.binding import bind
-from lbq.runtime.devices import Device, find_device
+from lbq.runtime.devices import Device, device_errors, find_device, set_threads
 from lbq.runtime.text.tokenizer import Tokenizer
 
 CONTEXT = 512
@@ -42,8 +42,7 @@ class Side:
     def begin(self, ids: Sequence[int]) -> None:
         """Forget everything, then take in ``ids``."""
         self._engine.truncate(0)
-        if ids:
-            self._engine.prefill(ids)
+        self._engine.prefill(ids)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Take in ``ids``; the logits after each, float32 [T, V]. Raises DataError if they are not finite."""
@@ -76,44 +75,43 @@ def evaluate(
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device}: auto, cpu or cuda")
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"{threads} threads: at least 1 is needed")
-        torch.set_num_threads(threads)
+        set_threads(threads)
     where = find_device(device, exact=True)
     file = read_text(Path(text))
     with ExitStack() as stack:
         student = stack.enter_context(open_artifact(artifact))
-        name, teacher = _open_reference(reference)
+        teacher = _open_reference(reference)
         stack.enter_context(teacher)
         context = _checked_context(context, student, teacher)
         windows = cut(file, (_tokenizer(student), _tokenizer(teacher)), context, max_tokens)
-        try:
+        with device_errors():
             scorer = _run(
-                Side(name, teacher, where, context),
+                Side(str(reference), teacher, where, context),
                 Side(str(artifact), student, where, context),
                 windows,
                 on_progress or _quiet,
             )
-        except torch.OutOfMemoryError:
-            raise DeviceError(f"device {where.device}: out of memory; both models must fit; try --device cpu") from None
         summary = student.manifest.summary
         return Evaluation(
             eval_format=VERSION,
             artifact=str(artifact),
-            reference=name,
+            reference=str(reference),
             device=str(where.device),
             text=Text(str(text), file.sha256, len(windows.ids), context, len(windows), windows.positions),
             weights=Weights(summary.bits_per_weight, summary.cosine),
             scores=summarize(scorer.positions(), len(windows)),
-            notes=teacher.notes if isinstance(teacher, Original) else (),
+            notes=_notes(str(reference), teacher, where),
         )
 
 
-def _open_reference(model: Path | str) -> tuple[str, Artifact | Original]:
-    """What the user called it and the opened model: an artifact where there is a manifest, else a checkpoint."""
-    if (Path(model) / MANIFEST).is_file():
-        return str(model), open_artifact(model)
-    return str(model), open_original(resolve(model))
+def _open_reference(model: Path | str) -> Artifact | Original:
+    """An artifact where there is a manifest, else a checkpoint."""
+    return open_artifact(model) if (Path(model) / MANIFEST).is_file() else open_original(resolve(model))
+
+
+def _notes(name: str, teacher: Artifact | Original, device: Device) -> tuple[str, ...]:
+    casts = [f"{name}: {text}" for text in teacher.notes] if isinstance(teacher, Original) else []
+    return (*casts, *([device.note] if device.note else []))
 
 
 def _checked_context(context: int | None, student: Artifact, teacher: Artifact | Original) -> int:
