@@ -24,7 +24,6 @@ _TOP_BITS = tl.constexpr(0x80808080 - (1 << 32))  # as int32
 _HIGH_NIBBLES = tl.constexpr(0xF0F0F0F0 - (1 << 32))
 _TWO_BITS = tl.constexpr(0x60606060)
 _DP4A = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
-_LOAD_16 = tl.constexpr("ld.global.nc.b16 $0, [$1];")
 _TINY = tl.constexpr(1e-30)  # a block of activations below this counts as zero, so that 127 / amax is finite
 _INFINITY = tl.constexpr(float("inf"))
 
@@ -55,28 +54,10 @@ def _open(w, w1, high, r: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _load_scale(pointer, EMULATE: tl.constexpr):
-    """bfloat16 at ``pointer``. To Triton this is arithmetic: it follows the layout of the sums it is multiplied with.
-
-    A ``tl.load`` has a layout of its own, which Triton 3.7 chooses so that the sums move through shared memory.
-    """
-    if EMULATE:
-        s = tl.load(pointer)
-    else:
-        address = pointer.to(tl.int64)
-        s = tl.inline_asm_elementwise(_LOAD_16, "=h,l", [address], dtype=tl.int16, is_pure=True, pack=1)
-        s = s.to(tl.bfloat16, bitcast=True)
-    return s
-
-
-@triton.jit
-def _load(
-    w_row, s_row, k0, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, BW: tl.constexpr, EMULATE: tl.constexpr
-):
+def _load(w_row, s_row, k0, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, BW: tl.constexpr):
     """The weights of BW columns from k0 on: one word, or at 3 bits two of low bits and one of signs; and their scales.
 
-    Scales are [BW/4, rows], or [BW, rows] at 3 bits; 1 where a row has one scale, which is applied at the end. Past K
-    they are the row's last.
+    Scales are [BW/4, rows], or [BW, rows] at 3 bits; 1 where a row has one scale, which is applied at the end.
     """
     C: tl.constexpr = 32 if BITS == 3 else 32 // BITS
     COLS: tl.constexpr = (K + C - 1) // C
@@ -92,7 +73,7 @@ def _load(
         s = tl.full([1, 1], 1.0, tl.float32)
     else:
         k = (k0 * C + tl.arange(0, BW // U) * (U * C))[:, None]
-        s = _load_scale(s_row + tl.minimum(k, K - 1) // G, EMULATE)
+        s = tl.load(s_row + k // G, mask=k < K, other=0.0)
     return w, w1, high, s
 
 
@@ -176,10 +157,10 @@ def gemv(
         bias = tl.load(bias_ptr + safe)
 
     acc = tl.zeros([BU, BN], dtype=tl.float32)
-    w, w1, high, s = _load(w_row, s_row, 0, K, G, BITS, BW, EMULATE)
+    w, w1, high, s = _load(w_row, s_row, 0, K, G, BITS, BW)
     for k0 in tl.static_range(0, COLS, BW):
         if k0 + BW < COLS:
-            ahead = _load(w_row, s_row, k0 + BW, K, G, BITS, BW, EMULATE)
+            ahead = _load(w_row, s_row, k0 + BW, K, G, BITS, BW)
         first = tl.zeros([BW, BN], dtype=tl.int32)
         second = tl.zeros([BW, BN], dtype=tl.int32)
         for r in tl.static_range(C // 4):
