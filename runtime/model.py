@@ -263,8 +263,8 @@ def load(
 
     ``dtype="float32"`` is the reference mode: exact products, slow. ``context``: the most tokens of a text, at most the
     model's; by default the model's on the CPU, where the cache grows as needed, and on a GPU as many of at most 8192 as
-    fit its memory. ``strict`` refuses kernels that are not the fast path. ``threads`` is torch's number of threads, for
-    the whole process.
+    fit its memory. ``strict`` refuses kernels that are not the fast path, and a GPU that is there and not used.
+    ``threads`` is torch's number of threads, for the whole process.
 
     Raises StorageError and DataError for the folder, UsageError for arguments, DeviceError for the device.
     """
@@ -294,6 +294,8 @@ def open_model(
     if threads is not None:
         set_threads(threads)
     where = find_device(device, exact=dtype == "float32")
+    if strict and where.note is not None:
+        raise DeviceError(f"{where.note}; refused under --strict")
     artifact = open_artifact(path)
     try:
         most = artifact.spec.context

@@ -262,6 +262,13 @@ def test_weights_held(model, kept_artifact):
         assert 0 < model.resident_bytes < 2 * artifact.weight_bytes
 
 
+def test_strict_refuses_a_gpu_that_is_not_used(kept_artifact, monkeypatch):
+    monkeypatch.setattr("lbq.runtime.model.find_device", lambda _, exact: CpuDevice(exact, note="the GPU is not used"))
+    assert load(kept_artifact).note == "the GPU is not used"
+    with pytest.raises(DeviceError, match="the GPU is not used; refused under --strict"):
+        load(kept_artifact, strict=True)
+
+
 def test_strict_names_the_first_fallback(kept_artifact, monkeypatch):
     load(kept_artifact, strict=True, **CPU).close()
     slow = (KernelUse("lm_head", "a slow kernel", "it is Monday", 1),)
