@@ -105,6 +105,11 @@ def check_plain_name(name: str, where: str) -> str:
     return name
 
 
+def readable(path: Path | str) -> str:
+    """A path as text that JSON can hold: bytes that are not UTF-8 are replaced."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def shown(name: str) -> str:
     """``name`` quoted for a message: one line, escaped, of bounded length."""
     return repr(name if len(name) <= 120 else name[:117] + "...")

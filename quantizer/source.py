@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from lbq.formats.disk import FileEntry, hash_file
+from lbq.formats.disk import FileEntry, hash_file, readable
 from lbq.formats.errors import DataError, RemoteError, StorageError, UsageError
 from lbq.formats.safetensors_file import INDEX, SINGLE
 from lbq.formats.tokenizer_file import TOKENIZER, load_tokenizer
@@ -60,7 +59,7 @@ def resolve(model: str | Path, revision: str | None = None) -> SourceFolder:
     """
     path = Path(model)
     if path.is_dir():
-        return SourceFolder(path, os.fsencode(path.resolve().name).decode(errors="replace"))
+        return SourceFolder(path, readable(path.resolve().name))
     name = str(model)
     if path.exists():
         raise StorageError(f"{model}: not a folder; give the folder that holds config.json")

@@ -140,8 +140,10 @@ def _gpu_trouble() -> str | None:
     if found < CUDA_CAPABILITY:
         needed = ".".join(map(str, CUDA_CAPABILITY))
         return f"its compute capability is {found[0]}.{found[1]}, and lbq's kernels need {needed} (Ampere or later)"
-    if not any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))):
-        return "Triton needs a C compiler and there is none; install gcc and the headers of Python"
+    named = os.environ.get("CC")  # Triton takes this alone where it is set, else one of the two
+    if not any(map(shutil.which, ("gcc", "clang") if named is None else (named,))):
+        what = "there is none" if named is None else f"CC={named!r} is none"
+        return f"Triton needs a C compiler and {what}; install gcc and the headers of Python"
     return None
 
 

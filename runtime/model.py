@@ -110,10 +110,13 @@ class Model:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def bind(self) -> None:
-        """Bind the weights to the device, if that was not done yet. Raises DataError and DeviceError."""
+    def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this model is closed")
+
+    def bind(self) -> None:
+        """Bind the weights to the device, if that was not done yet. Raises DataError and DeviceError."""
+        self._check_open()
         if self._ready is not None:
             return
         with device_errors():
@@ -155,6 +158,7 @@ class Model:
         A text is one message of a user where the model has a chat template, and continued as it is where it has none
         or with ``chat=False``. ``think`` is the template's switch. Raises UsageError for what the model cannot do.
         """
+        self._check_open()  # else the template would start its process again
         if not self._chats(prompt, chat):
             assert isinstance(prompt, str)
             if think is not None:

@@ -285,13 +285,31 @@ def test_a_hub_that_answers(
 
 
 def test_closed_pipes(kept_artifact: Path) -> None:
-    """Whoever reads the output may stop: no traceback, exit code 0."""
+    """Whoever reads the output may stop: no traceback, and the exit code of a closed pipe."""
     program = (
         "import os, sys\nfrom lbq import cli\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\ncli.main()\n"
     )
     command = [sys.executable, "-c", program, "inspect", kept_artifact, "--layers"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_closed_pipe_of_messages(tmp_path: Path) -> None:
+    """The exit code of an error is told although nobody reads why."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lbq.cli", "verify", tmp_path / "missing"]
+    done = subprocess.run(command, stderr=write, check=False)
+    os.close(write)
+    assert done.returncode == 4
+
+
+def test_json_of_a_path_that_is_not_utf8(kept_artifact: Path, lbq: Lbq, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"art\xff")
+    odd.symlink_to(kept_artifact)
+    done = lbq("verify", odd, "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["path"].endswith("art\N{REPLACEMENT CHARACTER}")
 
 
 @pytest.mark.parametrize(

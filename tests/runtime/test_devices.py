@@ -57,6 +57,12 @@ def test_a_compiler_named_by_the_environment(gpu):
     assert find_device("cuda", exact=False) == CudaDevice(False)
 
 
+def test_a_compiler_that_triton_would_not_find(gpu):
+    gpu.setattr(devices.shutil, "which", lambda name: name if name in ("cc", "gcc") else None)
+    gpu.setenv("CC", "ccache gcc")  # taken alone, and as one name
+    assert "CC='ccache gcc' is none" in str(find_device("auto", exact=False).note)
+
+
 @pytest.mark.parametrize(
     ("most", "token_bytes", "free", "context"),
     [

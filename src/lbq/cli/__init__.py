@@ -22,6 +22,7 @@ from lbq.cli.verify import verify
 from lbq.formats.errors import LbqError
 
 INTERRUPTED = 130
+PIPE_CLOSED = 141
 TERMINATED = 143
 
 
@@ -32,7 +33,7 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 a bug in lbq, 2 usage, 3 bad data, 4 input/output, 5 busy,
-    6 the Hub, 7 the device, 130 interrupted, 143 terminated.
+    6 the Hub, 7 the device, 130 interrupted, 141 nobody reads the output, 143 terminated.
     """
 
 
@@ -88,10 +89,9 @@ def _run() -> int:
         return _say(f"error: {' '.join(error.format_message().split())}", error.exit_code)
     except LbqError as error:
         return _say(f"error: {error}", error.exit_code)
-    except BrokenPipeError:
-        # Whoever read our output has gone. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # whoever read our output has gone, and the work may not be done
+        _drop_output()
+        return PIPE_CLOSED
     except MemoryError:
         return _say("error: out of memory", 4)
     except OSError as error:
@@ -105,5 +105,15 @@ def _run() -> int:
 
 
 def _say(text: str, code: int) -> int:
-    click.echo(f"lbq: {plain(text)}", err=True)
+    try:
+        click.echo(f"lbq: {plain(text)}", err=True)
+    except BrokenPipeError:  # the code still says it
+        _drop_output()
     return code
+
+
+def _drop_output() -> None:
+    """Let nothing be written any more: Python would complain of a closed pipe once more when it flushes at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import msgspec
 
-from lbq.cli.display import Size, note, pattern, progress, size, table
+from lbq.cli.display import Size, note, pattern, print_json, progress, size, table
+from lbq.formats.disk import readable
 
 if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq run`
     from lbq.quantizer.convert import Conversion, Prepared
@@ -88,7 +88,7 @@ def _print_plan(prepared: Prepared, target: Path, as_json: bool) -> None:
     plan = prepared.plan
     if as_json:
         summary = {
-            "path": str(target),
+            "path": readable(target),
             "bytes": plan.nbytes,
             "bits_per_weight": plan.bits_per_weight,
             "peak_bytes": prepared.peak_bytes,
@@ -96,7 +96,7 @@ def _print_plan(prepared: Prepared, target: Path, as_json: bool) -> None:
             "quantized": plan.quantized,
             "dense": plan.dense,
         }
-        click.echo(msgspec.json.format(msgspec.json.encode(summary)))
+        print_json(summary)
         return
     rows: dict[tuple[str, ...], list[int]] = {}
     for step in plan.steps:
@@ -124,8 +124,8 @@ def _print_result(done: Conversion, as_json: bool) -> None:
     manifest, summary = done.manifest, done.manifest.summary
     nbytes = sum(entry.size for entry in manifest.files.values())
     if as_json:
-        result = {"path": str(done.path), "bytes": nbytes, "summary": summary, "notes": manifest.notes}
-        click.echo(msgspec.json.format(msgspec.json.encode(result)))
+        result = {"path": readable(done.path), "bytes": nbytes, "summary": summary, "notes": manifest.notes}
+        print_json(result)
         return
     worst = sorted(done.report.modules, key=lambda module: module.cosine)[:10]
     table(

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
-from lbq.cli.display import note, plain, table, tokens
+from lbq.cli.display import note, plain, print_json, table, tokens
 
 if TYPE_CHECKING:
     from lbq.evaluation.result import Divergence, Estimate, Evaluation
@@ -31,12 +30,10 @@ def evaluate(artifact: Path, against: str, text: Path, as_json: bool, **options:
     from lbq.evaluation import evaluate as compare
 
     with tokens("Evaluating") as advance:
-        found = compare(artifact, against, text, on_progress=advance, **options)
+        found = compare(artifact, against, text, on_progress=advance, on_note=note, **options)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(found)))
+        print_json(found)
         return
-    for line in found.notes:
-        note(line)
     _print(found)
 
 

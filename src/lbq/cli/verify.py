@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import msgspec
 
-from lbq.cli.display import progress, size
+from lbq.cli.display import print_json, progress, size
 
 
 @click.command()
@@ -17,6 +16,7 @@ def verify(artifact: Path, as_json: bool) -> None:
     """Compare every file of ARTIFACT with the sizes and hashes in its manifest, then check all headers."""
     from lbq.formats.artifact import open_artifact
     from lbq.formats.artifact import verify as verify_files
+    from lbq.formats.disk import readable
     from lbq.formats.errors import DataError
     from lbq.formats.manifest import MANIFEST, read_manifest
 
@@ -32,9 +32,7 @@ def verify(artifact: Path, as_json: bool) -> None:
         except DataError as error:
             problems[MANIFEST] = str(error)
     if as_json:
-        click.echo(
-            msgspec.json.format(msgspec.json.encode({"path": str(artifact), "ok": not problems, "problems": problems}))
-        )
+        print_json({"path": readable(artifact), "ok": not problems, "problems": problems})
     if problems:
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise DataError(f"{artifact}: {listed}; fetch or convert the artifact again")

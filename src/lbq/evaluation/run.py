@@ -17,6 +17,7 @@ from lbq.evaluation.result import VERSION, Evaluation, Text, Weights
 from lbq.evaluation.scores import Scorer, summarize
 from lbq.evaluation.windows import Windows, cut, read_text
 from lbq.formats.artifact import Artifact, open_artifact
+from lbq.formats.disk import readable
 from lbq.formats.errors import DataError, UsageError
 from lbq.formats.manifest import MANIFEST
 from lbq.quantizer.original import Original, open_original
@@ -30,6 +31,7 @@ SHORTEST = 4
 BLOCK = 256  # positions whose logits are held at a time
 
 OnProgress = Callable[[int, int], None]  # tokens done, tokens in all
+OnNote = Callable[[str], None]
 
 
 class Side:
@@ -62,12 +64,14 @@ def evaluate(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     threads: int | None = None,
     on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
 ) -> Evaluation:
     """Compare ``artifact`` with ``reference`` (a checkpoint's folder, a Hub id or another artifact) on a text file.
 
     ``context`` is the length of a window, by default 512 or what the models were made for; ``max_tokens`` bounds the
     text. Both models run in the runtime's float32 mode, so that the weights alone differ. ``threads`` is torch's number
-    of them, for the whole process.
+    of them, for the whole process. ``on_note`` hears of what differs from what one would expect, before the work; the
+    result has it too.
 
     Raises UsageError for arguments, StorageError and DataError for files and for models that cannot be compared,
     RemoteError for the Hub, DeviceError for the device.
@@ -76,12 +80,20 @@ def evaluate(
         raise UsageError(f"device {device}: auto, cpu or cuda")
     if threads is not None:
         set_threads(threads)
+    if not str(reference):
+        raise UsageError("no reference: give the original's folder or Hub id")
+    if max_tokens is not None and not isinstance(max_tokens, int):
+        raise UsageError(f"max_tokens {max_tokens!r}: a whole number is needed")
     where = find_device(device, exact=True)
     file = read_text(Path(text))
     with ExitStack() as stack:
         student = stack.enter_context(open_artifact(artifact))
         teacher = _open_reference(reference)
         stack.enter_context(teacher)
+        notes = _notes(str(reference), teacher, where)
+        if on_note is not None:
+            for line in notes:
+                on_note(line)
         context = _checked_context(context, student, teacher)
         windows = cut(file, (_tokenizer(student), _tokenizer(teacher)), context, max_tokens)
         with device_errors():
@@ -94,13 +106,13 @@ def evaluate(
         summary = student.manifest.summary
         return Evaluation(
             eval_format=VERSION,
-            artifact=str(artifact),
-            reference=str(reference),
+            artifact=readable(artifact),
+            reference=readable(reference),
             device=str(where.device),
-            text=Text(str(text), file.sha256, len(windows.ids), context, len(windows), windows.positions),
+            text=Text(readable(text), file.sha256, len(windows.ids), context, len(windows), windows.positions),
             weights=Weights(summary.bits_per_weight, summary.cosine),
             scores=summarize(scorer.positions(), len(windows)),
-            notes=_notes(str(reference), teacher, where),
+            notes=notes,
         )
 
 
@@ -124,7 +136,7 @@ def _checked_context(context: int | None, student: Artifact, teacher: Artifact |
     most = min(a.context, b.context)
     if context is None:
         context = min(CONTEXT, most)
-    if not SHORTEST <= context <= most:
+    if not (isinstance(context, int) and SHORTEST <= context <= most):
         raise UsageError(f"context {context}: these models take {SHORTEST} to {most} tokens")
     return context
 

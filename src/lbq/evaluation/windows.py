@@ -69,8 +69,8 @@ def read_text(path: Path) -> TextFile:
 def cut(file: TextFile, tokenizers: tuple[Tokenizer, Tokenizer], context: int, max_tokens: int | None) -> Windows:
     """Whole windows from the start of the text, ``max_tokens`` tokens at most; what is left over is not used.
 
-    Raises DataError where the two tokenizers differ on this text or the text does not fill a window, UsageError for
-    ``max_tokens`` below one.
+    Raises DataError where the two tokenizers differ on this text or the text does not fill a window, UsageError where
+    ``max_tokens`` or ``context`` is too short for one.
     """
     tokenizer, other = tokenizers
     prefix = _prefix(tokenizer)
@@ -94,7 +94,7 @@ def _encode(tokenizer: Tokenizer, text: str, most: int | None) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
     length = CHARACTERS * most
     ids = tokenizer.encode(text[:length], add_special_tokens=False)
-    while len(ids) <= most and length < len(text):
+    while len(ids) < 2 * most and length < len(text):  # well past it: the last tokens are those of a word cut short
         length *= 4
         ids = tokenizer.encode(text[:length], add_special_tokens=False)
     return ids[:most]
