@@ -45,6 +45,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
 
+def vocabulary_rows(tokenizer: Tokenizer) -> int:
+    """The largest token id plus one: the rows that an embedding needs."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def check_rows(rows: int, vocab_size: int, where: object) -> None:
+    """Raise DataError if a tokenizer of ``rows`` makes ids for which a model of ``vocab_size`` has no embedding."""
+    if rows > vocab_size:
+        raise DataError(
+            f"{where}: token ids go up to {rows - 1} but the model has {vocab_size} embedding rows; "
+            "this tokenizer belongs to another model"
+        )
+
+
 def _checked(data: bytes, path: Path) -> bytes:
     """The content, where it is safe to load. Encoded anew, so that a key twice cannot hide something from the check."""
     fields = json_file.decode_last(data, dict[str, msgspec.Raw], path)

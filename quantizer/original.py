@@ -16,7 +16,7 @@ from lbq.formats.safetensors_file import Checkpoint, open_checkpoint
 from lbq.quantizer.convert import head_differs
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.plan import Keep, Plan, keep_all
-from lbq.quantizer.source import SourceFolder, check_tokenizer
+from lbq.quantizer.source import SourceFolder
 
 
 class Original:
@@ -62,12 +62,11 @@ class Original:
 
 
 def open_original(source: SourceFolder) -> Original:
-    """Open a checkpoint; reads its config, its tokenizer and headers.
+    """Open a checkpoint; reads its config and headers.
 
     Raises DataError and StorageError as a conversion of it would.
     """
     adapted = read_spec(source.folder)
-    check_tokenizer(source.folder, adapted.spec.vocab_size)
     checkpoint = open_checkpoint(source.folder)
     try:
         plan = keep_all(adapted.spec, checkpoint, head_differs(adapted.spec, checkpoint))

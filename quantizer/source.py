@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Self
 
 from lbq.formats.disk import FileEntry, hash_file, readable
-from lbq.formats.errors import DataError, RemoteError, StorageError, UsageError
+from lbq.formats.errors import RemoteError, StorageError, UsageError
 from lbq.formats.safetensors_file import INDEX, SINGLE
-from lbq.formats.tokenizer_file import TOKENIZER, load_tokenizer
+from lbq.formats.tokenizer_file import TOKENIZER, check_rows, load_tokenizer, vocabulary_rows
 
 # Files that travel with a model besides config.json and the weights.
 COMPANIONS = (
@@ -89,12 +89,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     path = folder / TOKENIZER
     if not path.is_file():
         return
-    largest = max(load_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise DataError(
-            f"{path}: token ids go up to {largest} but the model has {vocab_size} embedding rows; "
-            "this tokenizer belongs to another model"
-        )
+    check_rows(vocabulary_rows(load_tokenizer(path)), vocab_size, path)
 
 
 class Hasher(threading.Thread):

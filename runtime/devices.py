@@ -116,8 +116,10 @@ def fitting_context(most: int, token_bytes: int, free: int) -> int:
 def find_device(name: Literal["auto", "cpu", "cuda"], *, exact: bool) -> Device:
     """``auto`` is a GPU that lbq can use; where there is one that it cannot, the CPU's ``note`` says why.
 
-    Raises DeviceError for ``cuda`` where there is none to use.
+    Raises DeviceError for ``cuda`` where there is none to use, UsageError for any other name.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {name}: auto, cpu or cuda")
     if name == "cpu":
         return CpuDevice(exact)
     if not torch.cuda.is_available():

@@ -293,8 +293,6 @@ def open_model(
     """As :func:`load`, but the weights are bound when they are first needed: what is wrong before is said at once."""
     if dtype not in ("auto", "float32"):
         raise UsageError(f"dtype {dtype}: auto or float32")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device {device}: auto, cpu or cuda")
     if threads is not None:
         set_threads(threads)
     where = find_device(device, exact=dtype == "float32")

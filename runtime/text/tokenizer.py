@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from lbq.formats.errors import DataError, UsageError
-from lbq.formats.tokenizer_file import TOKENIZER, load_tokenizer
+from lbq.formats.tokenizer_file import TOKENIZER, check_rows, load_tokenizer, vocabulary_rows
 from lbq.runtime.text.config import TokenizerConfig, load_tokenizer_config
 from lbq.runtime.text.detokenize import Detokenizer, StreamDecoder
 
@@ -49,7 +49,7 @@ class Tokenizer:
     @cached_property
     def size(self) -> int:
         """The largest token id plus one: the rows that an embedding needs."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return vocabulary_rows(self._backend)
 
     @property
     def eos_id(self) -> int | None:
@@ -64,11 +64,7 @@ class Tokenizer:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if this tokenizer makes ids for which a model of ``vocab_size`` rows has no embedding."""
-        if self.size > vocab_size:
-            raise DataError(
-                f"{self._where}: token ids go up to {self.size - 1} but the model has {vocab_size} embedding rows; "
-                "this tokenizer belongs to another model"
-            )
+        check_rows(self.size, vocab_size, self._where)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``, as transformers' AutoTokenizer makes them.

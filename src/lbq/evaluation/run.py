@@ -76,8 +76,6 @@ def evaluate(
     Raises UsageError for arguments, StorageError and DataError for files and for models that cannot be compared,
     RemoteError for the Hub, DeviceError for the device.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device {device}: auto, cpu or cuda")
     if threads is not None:
         set_threads(threads)
     if not str(reference):
