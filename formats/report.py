@@ -9,6 +9,7 @@ import msgspec
 from lbq.formats import json_file
 from lbq.formats.errors import DataError
 from lbq.formats.manifest import REPORT
+from lbq.formats.quality import Quality
 from lbq.formats.spec import Part
 
 VERSION = 1
@@ -38,6 +39,7 @@ class Report(Part, frozen=True):
     report_format: int
     modules: tuple[ModuleReport, ...]
     notes: tuple[str, ...]
+    quality: Quality | None = None  # of a report that was measured on a text
 
 
 class _Version(msgspec.Struct):

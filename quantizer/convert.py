@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,27 +14,25 @@ from lbq import __version__
 from lbq.formats import json_file
 from lbq.formats import manifest as manifests
 from lbq.formats import report as reports
-from lbq.formats.artifact import DENSE_DTYPE
 from lbq.formats.compressed_tensors import quantization_config
 from lbq.formats.disk import FileEntry, check_plain_name, require_space
-from lbq.formats.errors import DataError, DeviceError, UsageError
+from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.manifest import MANIFEST, REPORT, Manifest, Method
-from lbq.formats.packing import SCALE_DTYPE, packed_words
+from lbq.formats.packing import PackedWeight
 from lbq.formats.report import ModuleReport, Report
 from lbq.formats.safetensors_file import INDEX, Checkpoint, open_checkpoint
 from lbq.formats.spec import ModelSpec
 from lbq.formats.staging import StagedFolder, check_target
 from lbq.formats.tokenizer_file import TOKENIZER
+from lbq.quantizer import tensors
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.measure import Meter, Totals
 from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
 from lbq.quantizer.request import SHARD_BYTES, Request, make_request
-from lbq.quantizer.rtn import DEFAULT_RULES, UnquantizableWeightError, quantize
+from lbq.quantizer.rtn import DEFAULT_RULES
 from lbq.quantizer.shards import Shards
 from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, resolve
 
-CPU_BLOCK = 1 << 21  # weights quantised at a time: float32 temporaries that stay near the caches
-GPU_BLOCK = 1 << 26
 SPARE_BYTES = 64 << 20  # small files and headers, on top of the tensors
 
 OnProgress = Callable[[str, int], None]  # name of the tensor, bytes of the source that were consumed
@@ -62,7 +60,7 @@ class Prepared:
             self.checkpoint.info(step.source).nbytes + sum(tensor.nbytes for tensor in step.outputs())
             for step in self.plan.steps
         )
-        return worst + 8 * 4 * CPU_BLOCK
+        return worst + 8 * 4 * tensors.CPU_BLOCK
 
     def default_name(self) -> str:
         """``NAME-int4-g256``: the label, bits and group that were asked for."""
@@ -229,7 +227,7 @@ def head_differs(spec: ModelSpec, checkpoint: Checkpoint) -> bool:
         return False
     a, b = checkpoint.tensor(head), checkpoint.tensor(embedding)
     same = a.shape == b.shape and a.dtype == b.dtype
-    blocks = zip(a.flatten().split(CPU_BLOCK), b.flatten().split(CPU_BLOCK), strict=same)
+    blocks = zip(a.flatten().split(tensors.CPU_BLOCK), b.flatten().split(tensors.CPU_BLOCK), strict=same)
     same = same and all(torch.equal(x, y) for x, y in blocks)
     for name in (head, embedding):
         checkpoint.release(name)
@@ -243,66 +241,35 @@ def _write_shards(
     plan = prepared.plan
     modules: list[ModuleReport] = []
     totals = Totals()
+    checkpoint = prepared.checkpoint
     with Shards(stage, plan.outputs(), prepared.request.max_shard_bytes) as shards:
         for step in plan.steps:
             if isinstance(step, Keep):
-                tensors: Iterable[tuple[str, torch.Tensor]] = [(step.name, _dense(prepared, step, on_progress))]
+                shards.write(step.name, tensors.dense(checkpoint, step))
+                on_progress(step.name, checkpoint.info(step.source).nbytes)
             else:
                 meter = Meter()
-                tensors = _quantized(prepared, step, device, meter, on_progress)
+                packed = _quantized(prepared, step, device, meter, on_progress)
+                for output, tensor in zip(step.outputs(), packed, strict=True):
+                    shards.write(output.name, tensor)
                 modules.append(meter.report(step.module, step.entry))
                 totals.include(meter, step.entry)
-            for name, tensor in tensors:
-                shards.write(name, tensor)
-            prepared.checkpoint.release(step.source)
+            checkpoint.release(step.source)
         return shards.finish(), modules, totals
-
-
-def _dense(prepared: Prepared, step: Keep, on_progress: OnProgress) -> torch.Tensor:
-    """The tensor as BF16. Raises DataError for NaN or infinity, also one that the rounding would make."""
-    source = prepared.checkpoint.tensor(step.source)
-    tensor = source.to(DENSE_DTYPE)
-    for number, block in enumerate(tensor.flatten().split(CPU_BLOCK)):
-        finite = torch.isfinite(block)
-        if not bool(finite.all()):
-            at = number * CPU_BLOCK + int((~finite).to(torch.uint8).argmax())
-            raise _bad_weight(prepared, step.source, at, float(source.flatten()[at]))
-    on_progress(step.name, source.nbytes)
-    return tensor
 
 
 def _quantized(
     prepared: Prepared, step: Quantize, device: torch.device, meter: Meter, on_progress: OnProgress
-) -> list[tuple[str, torch.Tensor]]:
-    """Words, scales and shape of one linear layer, row block by row block; the meter sees every block."""
-    entry = step.entry
-    source = prepared.checkpoint.tensor(step.source)  # [N, K], mapped
-    words = torch.empty((entry.n, packed_words(entry.k, entry.bits)), dtype=torch.int32)
-    scales = torch.empty((entry.n, entry.k // entry.group), dtype=SCALE_DTYPE)
-    rows = max(1, (GPU_BLOCK if device.type == "cuda" else CPU_BLOCK) // entry.k)
-    for start in range(0, entry.n, rows):
-        block = source[start : start + rows].to(device).float()
-        try:
-            packed = quantize(block, entry.bits, step.group, DEFAULT_RULES[entry.bits])
-        except UnquantizableWeightError as error:
-            raise _bad_weight(prepared, step.source, start * entry.k + error.index, error.value) from None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words, scales and shape of one linear layer; the meter sees every block of rows."""
+    item_bytes = prepared.checkpoint.info(step.source).dtype.itemsize
+
+    def measure(block: torch.Tensor, packed: PackedWeight) -> None:
         meter.add(block, packed.dequantize())
-        words[start : start + rows] = packed.words.to("cpu")
-        scales[start : start + rows] = packed.scales.repeat_interleave(step.group // entry.group, dim=1).to("cpu")
-        on_progress(step.module, block.numel() * source.element_size())
-    shape = torch.tensor([entry.n, entry.k], dtype=torch.int64)
-    return [(tensor.name, data) for tensor, data in zip(step.outputs(), (words, scales, shape), strict=True)]
+        on_progress(step.module, block.numel() * item_bytes)
 
-
-def _bad_weight(prepared: Prepared, name: str, index: int, value: float) -> DataError:
-    info = prepared.checkpoint.info(name)
-    place = []
-    for extent in reversed(info.shape):
-        index, position = divmod(index, extent)
-        place.append(position)
-    return DataError(
-        f"{prepared.source.folder}: {name} has {value} at {place[::-1]}; mend the checkpoint or fetch it again"
-    )
+    packed = tensors.quantized(prepared.checkpoint, step, device, measure)
+    return packed.words, packed.scales, torch.tensor([step.entry.n, step.entry.k], dtype=torch.int64)
 
 
 def _small_files(prepared: Prepared) -> dict[str, bytes]:

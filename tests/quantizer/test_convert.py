@@ -25,7 +25,7 @@ from lbq.formats.errors import BusyError, DataError, DeviceError, StorageError, 
 from lbq.formats.manifest import read_manifest
 from lbq.formats.safetensors_file import open_checkpoint
 from lbq.formats.staging import StagedFolder
-from lbq.quantizer import convert as conversion
+from lbq.quantizer import tensors
 from lbq.quantizer.convert import convert
 from lbq.quantizer.rtn import quantize
 
@@ -148,7 +148,7 @@ def test_many_shards_do_not_need_many_files(checkpoints: Mapping[str, Path], tmp
 
 def test_blocks_of_rows(checkpoints: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = convert(checkpoints["llama"], tmp_path / "whole", group=32)
-    monkeypatch.setattr(conversion, "CPU_BLOCK", 640)
+    monkeypatch.setattr(tensors, "CPU_BLOCK", 640)
     blocks = convert(checkpoints["llama"], tmp_path / "blocks", group=32)
     weights = [name for name in whole.manifest.files if name.endswith(".safetensors")]
     assert [whole.manifest.files[name] for name in weights] == [blocks.manifest.files[name] for name in weights]
@@ -339,7 +339,7 @@ def test_weights_that_are_no_numbers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(conversion, "CPU_BLOCK", 640)  # the index counts from the start of the tensor, not of a block
+    monkeypatch.setattr(tensors, "CPU_BLOCK", 640)  # the index counts from the start of the tensor, not of a block
     source = make_checkpoint(edit=lambda t: t[name].__setitem__(place, value))
     with pytest.raises(DataError) as caught:
         convert(source, tmp_path / "out", group=32)

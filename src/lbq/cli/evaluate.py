@@ -10,7 +10,7 @@ import click
 from lbq.cli.display import note, plain, print_json, table, tokens
 
 if TYPE_CHECKING:
-    from lbq.evaluation.result import Divergence, Estimate, Evaluation
+    from lbq.formats.quality import Divergence, Estimate, Evaluation
 
 
 @click.command("eval")

@@ -5,7 +5,7 @@ This composes quantizer and runtime, which know nothing of each other: the one o
 
 from __future__ import annotations
 
-from lbq.evaluation.result import Evaluation
 from lbq.evaluation.run import evaluate
+from lbq.formats.quality import Evaluation
 
 __all__ = ["Evaluation", "evaluate"]

@@ -13,13 +13,13 @@ from typing import Literal
 
 import torch
 
-from lbq.evaluation.result import VERSION, Evaluation, Text, Weights
 from lbq.evaluation.scores import Scorer, summarize
 from lbq.evaluation.windows import Windows, cut, read_text
 from lbq.formats.artifact import Artifact, open_artifact
 from lbq.formats.disk import readable
 from lbq.formats.errors import DataError, UsageError
 from lbq.formats.manifest import MANIFEST
+from lbq.formats.quality import EVALUATION_VERSION, Evaluation, Text, Weights
 from lbq.quantizer.original import Original, open_original
 from lbq.quantizer.source import resolve
 from lbq.runtime.binding import bind
@@ -103,7 +103,7 @@ def evaluate(
             )
         summary = student.manifest.summary
         return Evaluation(
-            eval_format=VERSION,
+            eval_format=EVALUATION_VERSION,
             artifact=readable(artifact),
             reference=readable(reference),
             device=str(where.device),

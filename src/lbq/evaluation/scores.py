@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from lbq.evaluation.result import Divergence, Estimate, LogitCosine, Perplexity, Scores
+from lbq.formats.quality import Divergence, Estimate, LogitCosine, Perplexity, Scores
 
 ROWS = 32  # positions at a time: bounds the float64 temporaries, [ROWS, V] each
 _LARGEST = math.log(np.finfo(np.float64).max)

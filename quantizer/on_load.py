@@ -1,0 +1,61 @@
+"""A checkpoint quantised when it is used: the weights of an artifact, and no artifact on disk.
+
+A linear layer is read and rounded to nearest each time it is asked for; codes and scales are those that a conversion
+with the same request writes.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+
+from lbq.formats.packing import PackedWeight
+from lbq.quantizer import tensors
+from lbq.quantizer.convert import Prepared
+from lbq.quantizer.plan import Keep, Quantize
+
+
+class QuantizedOnLoad:
+    """A prepared conversion in the form in which a runtime takes weights. ``device`` is where rounding is done and
+    where codes end up."""
+
+    def __init__(self, prepared: Prepared, device: torch.device) -> None:
+        self.folder = prepared.source.folder
+        self.spec = prepared.plan.spec
+        self.notes = prepared.plan.notes
+        self.plan = prepared.plan
+        self._checkpoint = prepared.checkpoint
+        self._device = device
+        self._quantized = {step.module: step for step in self.plan.steps if isinstance(step, Quantize)}
+        self._dense = {step.name: step for step in self.plan.steps if isinstance(step, Keep)}
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether the linear layer becomes codes; False for a name that is unknown, too."""
+        return module in self._quantized
+
+    def packed(self, module: str) -> PackedWeight:
+        """Codes and scales of a linear layer, made now. Raises DataError for a weight that has no code."""
+        return tensors.quantized(self._checkpoint, self._quantized[module], self._device, to=self._device)
+
+    def dense(self, name: str) -> torch.Tensor:
+        """A tensor by its full name, as BF16. Raises DataError for NaN and infinity."""
+        return tensors.dense(self._checkpoint, self._dense[name])
+
+    def release(self, module: str) -> None:
+        """Drop the resident pages of the weight that ``module`` was made from."""
+        self._checkpoint.release(self._quantized[module].source)
+
+    def release_dense(self, name: str) -> None:
+        """Drop the resident pages of a BF16 tensor."""
+        self._checkpoint.release(self._dense[name].source)
+
+    def close(self) -> None:
+        """Unmap what nobody uses any more."""
+        self._checkpoint.close()
+
+    def __enter__(self) -> QuantizedOnLoad:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
