@@ -33,10 +33,13 @@ class LogitCosine(Part, frozen=True):
 
 
 class Perplexity(Part, frozen=True):
-    """exp of the mean negative log-probability of the text's tokens; ``log_ratio`` is ln(artifact / reference)."""
+    """exp of the mean negative log-probability of the text's tokens; ``log_ratio`` is ln(artifact / reference).
 
-    artifact: float
-    reference: float
+    A perplexity past the largest float is None.
+    """
+
+    artifact: float | None
+    reference: float | None
     log_ratio: Estimate
 
 

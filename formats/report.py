@@ -8,7 +8,7 @@ import msgspec
 
 from lbq.formats import json_file
 from lbq.formats.errors import DataError
-from lbq.formats.manifest import REPORT
+from lbq.formats.manifest import REPORT, Manifest
 from lbq.formats.quality import Quality
 from lbq.formats.spec import Part
 
@@ -57,3 +57,17 @@ def read_report(folder: Path) -> Report:
     if version != VERSION:
         raise DataError(f"{path}: format version {version}; this lbq reads version {VERSION}: upgrade lbq")
     return json_file.decode(data, Report, path)
+
+
+def report_of(folder: Path, manifest: Manifest) -> Report:
+    """The report of the artifact in ``folder``, whose manifest is ``manifest``.
+
+    Raises what :func:`read_report` does, and DataError where there is none or it is of other layers.
+    """
+    if REPORT not in manifest.files:
+        raise DataError(f"{folder}: no {REPORT}; convert the artifact again")
+    report = read_report(folder)
+    if {module.name for module in report.modules} != manifest.quantized.keys():
+        path = folder / REPORT
+        raise DataError(f"{path}: its layers are not those of the manifest; fetch or convert the artifact again")
+    return report

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from lbq.evaluation.scores import ROWS, Positions, Scorer, estimate, summarize
+from lbq.formats.quality import Scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +63,8 @@ def test_far_logits_stay_finite() -> None:
     scores = summarize(found((reference, artifact, torch.tensor([0]))), 1)
     assert scores.kl.mean == pytest.approx(6e4)
     assert scores.perplexity.reference == 1
-    assert scores.perplexity.artifact == math.inf
+    assert scores.perplexity.artifact is None  # e^60000: no float has it
+    assert msgspec.json.decode(msgspec.json.encode(scores), type=Scores) == scores
 
 
 def test_summary(logits: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
@@ -77,6 +80,8 @@ def test_summary(logits: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Non
     assert scores.logit_cosine.least == positions.cosine.min()
     mean = statistics.fmean(positions.artifact_nll) - statistics.fmean(positions.reference_nll)
     assert scores.perplexity.log_ratio.mean == pytest.approx(mean)
+    assert scores.perplexity.artifact is not None
+    assert scores.perplexity.reference is not None
     assert scores.perplexity.artifact / scores.perplexity.reference == pytest.approx(math.exp(mean))
 
 

@@ -22,16 +22,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lbq.formats.wording import plain as plain
+from lbq.formats.wording import size as size
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def size(nbytes: float) -> str:
-    """``140.9 MB``"""
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError("unreachable")
 
 
 def print_json(value: object) -> None:
@@ -56,11 +50,6 @@ class Size(click.ParamType[int]):
         if not found or found[2].upper() not in _UNITS:
             self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
         return int(Decimal(found[1]) * _UNITS[found[2].upper()])
-
-
-def plain(text: str) -> str:
-    """``text`` on one line, control characters escaped: what files say must not steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def note(text: str) -> None:

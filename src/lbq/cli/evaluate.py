@@ -44,7 +44,7 @@ def _print(found: Evaluation) -> None:
         ("KL divergence, nats", _with_error(kl, "{:.5f}")),
         ("  50%, 90%, 99%, max", f"{kl.p50:.5f}, {kl.p90:.5f}, {kl.p99:.5f}, {kl.max:.5f}"),
         ("same top-1 token", _with_error(scores.same_top1, "{:.2%}")),
-        ("perplexity", f"{perplexity.artifact:.3f}, reference {perplexity.reference:.3f}"),
+        ("perplexity", f"{_shown(perplexity.artifact)}, reference {_shown(perplexity.reference)}"),
         ("  ln(ratio)", _with_error(perplexity.log_ratio, "{:+.5f}")),
         ("logit cosine", f"{scores.logit_cosine.mean:.6f}, least {scores.logit_cosine.least:.6f}"),
         ("weight cosine", f"{found.weights.cosine:.6f} at {found.weights.bits_per_weight:.2f} bits"),
@@ -57,6 +57,10 @@ def _print(found: Evaluation) -> None:
             + ("± is the standard error over windows" if text.windows > 1 else "one window gives no standard errors")
         )
     )
+
+
+def _shown(perplexity: float | None) -> str:
+    return "past 1e308" if perplexity is None else f"{perplexity:.3f}"
 
 
 def _with_error(value: Estimate | Divergence, form: str) -> str:

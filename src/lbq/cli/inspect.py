@@ -33,21 +33,6 @@ def inspect(artifact: Path, layers: bool, as_json: bool) -> None:
         note(text)
 
 
-def _cosines(artifact: Path, manifest: Manifest) -> dict[str, float]:
-    """Each quantized layer's cosine, from the report."""
-    from lbq.formats.errors import DataError
-    from lbq.formats.manifest import REPORT
-    from lbq.formats.report import read_report
-
-    if REPORT not in manifest.files:
-        raise DataError(f"{artifact}: no {REPORT}; convert the artifact again")
-    cosines = {m.name: m.cosine for m in read_report(artifact).modules}
-    if cosines.keys() != manifest.quantized.keys():
-        path = artifact / REPORT
-        raise DataError(f"{path}: its layers are not those of the manifest; fetch or convert the artifact again")
-    return cosines
-
-
 def _print_head(artifact: Path, manifest: Manifest) -> None:
     spec, method, source, summary = manifest.spec, manifest.method, manifest.source, manifest.summary
     revision = f" at {source.revision}" if source.revision else ""
@@ -69,7 +54,9 @@ def _print_head(artifact: Path, manifest: Manifest) -> None:
 
 
 def _print_tensors(artifact: Path, manifest: Manifest, layers: bool) -> None:
-    cosines = _cosines(artifact, manifest)
+    from lbq.formats.report import report_of
+
+    cosines = {m.name: m.cosine for m in report_of(artifact, manifest).modules}
     rows: dict[tuple[str, ...], list[float]] = {}
     for name, entry in manifest.quantized.items():
         group = "row" if entry.group == entry.k else str(entry.group)

@@ -89,5 +89,5 @@ def estimate(values: NDArray[np.float64], windows: int) -> Estimate:
     return Estimate(float(values.mean()), error)
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < _LARGEST else math.inf
+def _exp(value: float) -> float | None:
+    return math.exp(value) if value < _LARGEST else None  # infinity is not JSON
