@@ -1,7 +1,7 @@
 """A stub of the Hub's protocol on loopback: repositories in memory, faults on demand, every request on record.
 
 It answers what ``huggingface_hub`` asks when it reads (info, tree, resolve with ranges; large files are redirected to
-a "storage" server on another port, as the real Hub redirects to a CDN) and writes (create, preupload, LFS batch and PUT
+a "storage" server of another name, as the real Hub redirects to a CDN) and writes (create, preupload, LFS batch and PUT
 in one or several parts, commit with a parent check, pull requests). Xet is not spoken: ``HF_HUB_DISABLE_XET=1``.
 
     with Hub() as hub:
@@ -128,7 +128,9 @@ class Hub:
         self.lock = threading.RLock()
         self._faults: list[Fault] = []
         self._servers = [_Server(self, storage=False), _Server(self, storage=True)]
-        self.url, self.storage_url = (server.url for server in self._servers)
+        main, storage = (server.server_port for server in self._servers)
+        # Two names: clients keep the token to the host that they were told of.
+        self.url, self.storage_url = f"http://127.0.0.1:{main}", f"http://localhost:{storage}"
 
     def __enter__(self) -> Self:
         for server in self._servers:
@@ -473,7 +475,6 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, hub: Hub, *, storage: bool) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.hub, self.storage = hub, storage
-        self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that goes away is not news."""
