@@ -11,7 +11,7 @@ from lbq.formats import json_file
 from lbq.formats.disk import FileEntry, check_plain_name
 from lbq.formats.errors import DataError, StorageError
 from lbq.formats.scheme import Scheme
-from lbq.formats.spec import Count, ModelSpec, Name, Part
+from lbq.formats.spec import Count, ModelSpec, Name, Part, Positive
 
 MANIFEST = "lbq.json"
 REPORT = "report.json"
@@ -50,12 +50,17 @@ class Method(Part, frozen=True):
 
     name: Literal["rtn"]
     scale_rules: dict[str, str]  # by bits
-    bits: int
+    bits: int | None  # None: chosen unit by unit for target_bpw
     group: Count | None
-    lm_head: int
+    lm_head: int | None  # likewise
     keep: tuple[str, ...] = ()
     set: tuple[str, ...] = ()
     readers: tuple[str, ...] = ()
+    target_bpw: Positive | None = None  # the most bits a quantised weight, codes and scales
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.target_bpw is None):
+            raise ValueError("either bits or target_bpw")
 
 
 class Source(Part, frozen=True):

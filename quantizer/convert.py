@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +46,10 @@ class Prepared:
     request: Request
     checkpoint: Checkpoint
     plan: Plan
+    source_spec: ModelSpec  # before what the plan changes in it
     unknown_keys: tuple[str, ...]  # of config.json
+    first_notes: tuple[str, ...]  # those of the plan that do not come from the request
+    head_differs: bool  # see make_plan
 
     @property
     def source_bytes(self) -> int:
@@ -63,10 +66,11 @@ class Prepared:
         return worst + 8 * 4 * tensors.CPU_BLOCK
 
     def default_name(self) -> str:
-        """``NAME-int4-g256``: the label, bits and group that were asked for."""
-        scheme = self.request.scheme
+        """``NAME-int4-g256``, ``NAME-3.5bpw-g256``: the label, bits and group that were asked for."""
+        scheme, mixed = self.request.scheme, self.request.mixed
+        bits = f"int{scheme.bits}" if mixed is None else f"{mixed.target_bpw:g}bpw"
         group = f"g{scheme.group}" if scheme.group else "row"
-        return f"{self.source.label}-int{scheme.bits}-{group}"
+        return f"{self.source.label}-{bits}-{group}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def convert(
     *,
     bits: int = 4,
     group: int | Literal["row"] | None = None,
-    lm_head: int = 8,
+    lm_head: int | None = None,
     keep: Sequence[str] = (),
     overrides: Sequence[str] = (),
     readers: Sequence[str] = (),
@@ -137,8 +141,16 @@ def prepare(source: SourceFolder, request: Request) -> Prepared:
         notes.append(f"config.json: unknown keys are ignored: {', '.join(adapted.unknown_keys)}")
     if not (source.folder / TOKENIZER).is_file():
         notes.append(f"no {TOKENIZER}: the artifact has no text until the tokenizer is saved in this form")
-    plan = make_plan(adapted.spec, checkpoint, request, notes, head_differs(adapted.spec, checkpoint))
-    return Prepared(source, request, checkpoint, plan, adapted.unknown_keys)
+    differs = head_differs(adapted.spec, checkpoint)
+    plan = make_plan(adapted.spec, checkpoint, request, notes, differs)
+    return Prepared(source, request, checkpoint, plan, adapted.spec, adapted.unknown_keys, tuple(notes), differs)
+
+
+def replan(prepared: Prepared, request: Request) -> Prepared:
+    """The same source for another request; nothing is read again. Raises DataError and UsageError."""
+    p = prepared
+    plan = make_plan(p.source_spec, p.checkpoint, request, p.first_notes, p.head_differs)
+    return replace(prepared, request=request, plan=plan)
 
 
 def write_artifact(
@@ -200,16 +212,17 @@ def _quiet(name: str, count: int) -> None:
 
 
 def _method(request: Request) -> Method:
-    scheme = request.scheme
+    scheme, mixed = request.scheme, request.mixed
     return Method(
         name="rtn",
         scale_rules={str(bits): rule.value for bits, rule in sorted(DEFAULT_RULES.items())},
-        bits=scheme.bits,
+        bits=scheme.bits if mixed is None else None,
         group=scheme.group,
-        lm_head=request.lm_head,
+        lm_head=request.lm_head or (8 if mixed is None else None),
         keep=request.keep,
         set=tuple(override.text for override in request.overrides),
         readers=request.readers,
+        target_bpw=None if mixed is None else mixed.target_bpw,
     )
 
 

@@ -21,7 +21,7 @@ from lbq.formats.safetensors_file import Checkpoint
 from lbq.formats.safetensors_writer import TensorPlan
 from lbq.formats.scheme import Scheme, effective_group
 from lbq.formats.spec import ModelSpec, Projection
-from lbq.quantizer.request import DEFAULT_GROUP, READERS_GROUP, Request, matches
+from lbq.quantizer.request import DEFAULT_GROUP, READERS_GROUP, Request, matches, mixed_scheme
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every reader recomputes
@@ -172,9 +172,9 @@ def _schemes(spec: ModelSpec, request: Request, notes: list[str]) -> dict[str, S
     widened: dict[str, int] = {}
     last = ""
     schemes: dict[str, Scheme | None] = {}
-    for unit in spec.units():
+    for number, unit in enumerate(spec.units()):
         names = [projection.name for projection in unit]
-        chosen = _default(spec, names, request)
+        chosen = _default(number, names == [spec.head.name], request)
         wanted: dict[str, Scheme | None] = dict.fromkeys(names, chosen)
         for pattern, wish in wishes:
             if named := [name for name in names if matches(pattern, name)]:
@@ -194,14 +194,17 @@ def _schemes(spec: ModelSpec, request: Request, notes: list[str]) -> dict[str, S
     return schemes
 
 
-def _default(spec: ModelSpec, names: list[str], request: Request) -> Scheme | None:
-    if names != [spec.head.name]:
-        return request.scheme
-    if request.lm_head == 16:
+def _default(number: int, head: bool, request: Request) -> Scheme | None:
+    """What a unit gets that no pattern names."""
+    if head and request.lm_head == 16:
         return None
-    if request.lm_head == 8:
-        return Scheme(8, None)
-    return Scheme(4, request.scheme.group or (DEFAULT_GROUP if request.scheme.bits == 8 else None))
+    if request.mixed is not None and not (head and request.lm_head):
+        return mixed_scheme(request.mixed.bits[number], request.scheme)
+    if not head:
+        return request.scheme
+    if request.lm_head == 4:
+        return Scheme(4, request.scheme.group or (DEFAULT_GROUP if request.scheme.bits == 8 else None))
+    return Scheme(8, None)
 
 
 def _untie(spec: ModelSpec, schemes: Mapping[str, Scheme | None], head_differs: bool, notes: list[str]) -> ModelSpec:

@@ -36,12 +36,23 @@ class Override:
         if found is None:
             raise UsageError(f"--set {text}: expected PATTERN=BITS or PATTERN=BITS:GROUP, such as down_proj=8")
         pattern, bits, group = found.groups()
-        if group is None and int(bits) < 8 and base.bits < 8:
-            group = "row" if base.group is None else str(base.group)
         try:
-            return Override(pattern, scheme(int(bits), group), text)
+            chosen = mixed_scheme(int(bits), base) if group is None else scheme(int(bits), group)
         except UsageError as error:
             raise UsageError(f"--set {text}: {error}") from None
+        return Override(pattern, chosen, text)
+
+
+@dataclass(frozen=True)
+class MixedBits:
+    """Bits of every fused unit, in the spec's order, chosen for a size: ``--target-bpw``.
+
+    They stand in for the request's bits and for ``lm_head`` where it is None; what an override or ``keep`` names, and
+    a head whose bits were asked for, is theirs. Groups are as for ``--set PATTERN=BITS``.
+    """
+
+    target_bpw: float
+    bits: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,15 +60,16 @@ class Request:
     """Settings of a conversion. Raises UsageError for what makes no sense."""
 
     scheme: Scheme
-    lm_head: int = 8
+    lm_head: int | None = None  # None: 8, or what is chosen for it
     keep: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
     readers: tuple[str, ...] = ()
     max_shard_bytes: int = SHARD_BYTES
     strict: bool = False
+    mixed: MixedBits | None = None
 
     def __post_init__(self) -> None:
-        if self.lm_head not in (4, 8, 16):
+        if self.lm_head not in (None, 4, 8, 16):
             raise UsageError(f"--lm-head {self.lm_head}: 4, 8 or 16 bits")
         for reader in self.readers:
             if reader not in READERS:
@@ -83,6 +95,13 @@ def scheme(bits: int, group: int | str | None = None) -> Scheme:
     return Scheme(bits, size)
 
 
+def mixed_scheme(bits: int, base: Scheme) -> Scheme:
+    """A scheme of other bits beside ``base``: of its group where both are under 8 bits. Raises UsageError."""
+    if bits < 8 and base.bits < 8:
+        return scheme(bits, "row" if base.group is None else base.group)
+    return scheme(bits)
+
+
 def matches(pattern: str, module: str) -> bool:
     """Whether a pattern names a module: it matches, as a shell glob, a run of whole components of the dotted name.
 
@@ -100,7 +119,7 @@ def make_request(
     bits: int = 4,
     group: int | str | None = None,
     *,
-    lm_head: int = 8,
+    lm_head: int | None = None,
     keep: Sequence[str] = (),
     overrides: Sequence[str] = (),
     readers: Sequence[str] = (),

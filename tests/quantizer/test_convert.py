@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -24,10 +25,13 @@ from lbq.formats.disk import hash_file
 from lbq.formats.errors import BusyError, DataError, DeviceError, StorageError, UsageError
 from lbq.formats.manifest import read_manifest
 from lbq.formats.safetensors_file import open_checkpoint
+from lbq.formats.scheme import Scheme
 from lbq.formats.staging import StagedFolder
 from lbq.quantizer import tensors
-from lbq.quantizer.convert import convert
+from lbq.quantizer.convert import convert, prepare, write_artifact
+from lbq.quantizer.request import MixedBits, make_request
 from lbq.quantizer.rtn import quantize
+from lbq.quantizer.source import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +84,7 @@ def test_what_an_artifact_holds(checkpoints: Mapping[str, Path], kept_artifact: 
         "keep": [],
         "set": [],
         "readers": [],
+        "target_bpw": None,
     }
     assert manifest["notes"] == []
     assert set(manifest["tools"]) == {"lbq", "torch"}
@@ -91,6 +96,24 @@ def test_what_an_artifact_holds(checkpoints: Mapping[str, Path], kept_artifact: 
     for name, entry in manifest["source"]["files"].items():
         assert entry == msgspec.to_builtins(hash_file(source / name))
     assert list(verify(kept_artifact, read_manifest(kept_artifact))) == [(name, None) for name in manifest["files"]]
+
+
+def test_bits_that_were_chosen(checkpoints: Mapping[str, Path], tmp_path: Path) -> None:
+    request = make_request(4, 32, keep=["layers.0.mlp.down_proj"])
+    prepared = prepare(
+        resolve(checkpoints["llama"]), replace(request, mixed=MixedBits(4.75, (3, 8, 4, 3, 8, 4, 3, 4, 4)))
+    )
+    made = write_artifact(prepared, tmp_path / "out", device="cpu")
+    method = made.manifest.method
+    assert (method.bits, method.group, method.lm_head, method.target_bpw) == (None, 32, None, 4.75)
+    assert method.keep == ("layers.0.mlp.down_proj",)
+    stored = made.manifest.quantized
+    assert [stored[f"model.layers.{i}.self_attn.q_proj"].bits for i in (0, 1)] == [3, 8]
+    assert stored["lm_head"].scheme == Scheme(4, 32)
+    path = made.path / "lbq.json"
+    path.write_text(path.read_text().replace('"target_bpw": 4.75', '"target_bpw": null'))
+    with pytest.raises(DataError, match="either bits or target_bpw"):
+        read_manifest(made.path)
 
 
 def test_config_for_other_readers(checkpoints: Mapping[str, Path], tmp_path: Path) -> None:

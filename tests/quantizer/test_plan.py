@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from lbq.formats.errors import DataError, UsageError
 from lbq.formats.safetensors_file import open_checkpoint
 from lbq.formats.scheme import Scheme
-from lbq.quantizer.convert import prepare
+from lbq.quantizer.convert import prepare, replan
 from lbq.quantizer.plan import Keep, Plan, Quantize
-from lbq.quantizer.request import make_request
+from lbq.quantizer.request import MixedBits, make_request
 from lbq.quantizer.source import SourceFolder
 
 LAYER = "model.layers.0."
@@ -146,6 +147,27 @@ def test_keep_wins_and_the_last_override_wins(checkpoints: Mapping[str, Path]) -
     assert len(made.dense_linears) == 7
     assert made.quantized["model.layers.1.mlp.down_proj"].scheme == Scheme(3, 32)
     assert made.quantized["model.layers.1.self_attn.o_proj"].scheme == Scheme(4, 32)
+
+
+@pytest.mark.parametrize(
+    ("lm_head", "head"), [(None, Scheme(3, 32)), (8, Scheme(8, None)), (4, Scheme(4, 32)), (16, None)]
+)
+def test_mixed_bits(lm_head: int | None, head: Scheme | None, checkpoints: Mapping[str, Path]) -> None:
+    """Bits by unit; --set, --keep and --lm-head go before them."""
+    folder = checkpoints["smollm2"]
+    request = make_request(
+        4, 32, lm_head=lm_head, keep=["layers.0.mlp"], overrides=["layers.1.self_attn.[qkv]_proj=3:row"]
+    )
+    uniform = prepare(SourceFolder(folder, folder.name), request)
+    bits = (3, 8, 3, 4, 4, 4, 8, 3, 3)
+    mixed = replan(uniform, replace(request, mixed=MixedBits(4.5, bits)))
+    found = mixed.plan.quantized
+    schemes = [found[unit[0].name].scheme if unit[0].name in found else None for unit in mixed.plan.spec.units()]
+    row8, four, three = Scheme(8, None), Scheme(4, 32), Scheme(3, 32)
+    assert schemes == [three, row8, None, None, Scheme(3, None), four, row8, three, head]
+    assert mixed.plan.spec.tied == (lm_head == 16)
+    assert (uniform.default_name(), mixed.default_name()) == ("smollm2-int4-g32", "smollm2-4.5bpw-g32")
+    assert replan(mixed, request).plan == uniform.plan
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq ru
 @click.argument("model")
 @click.option("--bits", type=int, default=4, show_default=True, help="3, 4 or 8.")
 @click.option("--gs", "group", metavar="GROUP", help="Weights that share a scale: 32…512 or row. [128; row at 8 bits]")
-@click.option("--lm-head", type=int, default=8, show_default=True, help="Bits of the output head: 8, 4 or 16.")
+@click.option("--lm-head", type=int, help="Bits of the output head: 8, 4 or 16.  [8]")
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Linear layers that stay BF16. Repeatable.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="PATTERN=BITS[:GROUP]", help="Mixed bits, as down_proj=8. Repeatable."
@@ -36,7 +36,7 @@ def convert(
     model: str,
     bits: int,
     group: str | None,
-    lm_head: int,
+    lm_head: int | None,
     keep: tuple[str, ...],
     overrides: tuple[str, ...],
     readers: str | None,

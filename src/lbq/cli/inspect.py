@@ -45,7 +45,9 @@ def _print_head(artifact: Path, manifest: Manifest) -> None:
         f"context {spec.context}"
     )
     click.echo(f"source   {plain(source.name + revision)}")
-    click.echo(f"method   {method.name}, INT{method.bits}, group {group}, head {method.lm_head} bits, by {tools}")
+    bits = f"INT{method.bits}" if method.bits else f"at most {method.target_bpw:g} bits a weight"
+    head = f", head {method.lm_head} bits" if method.lm_head else ""
+    click.echo(f"method   {method.name}, {bits}, group {group}{head}, by {tools}")
     click.echo(
         f"quality  weight cosine {summary.cosine:.5f} (worst layer {summary.worst_cosine:.5f}), "
         f"error {summary.relative_error:.2%}, {summary.bits_per_weight:.2f} bits a quantized weight"
