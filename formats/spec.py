@@ -131,12 +131,16 @@ class ModelSpec(Part, frozen=True):
         """Layer ``i``, names still holding ``{i}``."""
         return self.layer_kinds[self.layers[i]]
 
+    def layer_units(self, i: int) -> Iterator[tuple[Projection, ...]]:
+        """Fused units of layer ``i`` in the order of execution."""
+        layer = self.layer(i)
+        for unit in (layer.mixer.qkv, (layer.mixer.out,), layer.mlp.gate_up, (layer.mlp.down,)):
+            yield tuple(p.at(i) for p in unit)
+
     def units(self) -> Iterator[tuple[Projection, ...]]:
         """Fused units in the order of execution: projections that a runtime joins and that share bits and group."""
         for i in range(len(self.layers)):
-            layer = self.layer(i)
-            for unit in (layer.mixer.qkv, (layer.mixer.out,), layer.mlp.gate_up, (layer.mlp.down,)):
-                yield tuple(p.at(i) for p in unit)
+            yield from self.layer_units(i)
         yield (self.head,)
 
     def projections(self) -> Iterator[Projection]:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from lbq.formats.packing import PackedWeight
-from lbq.formats.spec import Attention, Layer, ModelSpec, Norm, Projection, Rope
+from lbq.formats.spec import Attention, ModelSpec, Norm, Projection, Rope
 from lbq.runtime.attention import AttentionMixer
 from lbq.runtime.decoder import Decoder, DecoderLayer, Mlp
 from lbq.runtime.kernels.linear import Linear
@@ -88,26 +88,28 @@ class Bound:
 
 def bind(weights: Weights, kernels: Kernels) -> Bound:
     """Bind every tensor that the spec names."""
-    return _Binder(weights, kernels).bind()
+    binder, spec = Binder(weights, kernels), weights.spec
+    embedding = binder.embedding()
+    layers = [binder.layer(i) for i in range(len(spec.layers))]
+    norm, head = binder.norm(), binder.head(embedding)
+    return Bound(Decoder(spec, embedding, layers, norm, head), binder.uses, binder.resident_bytes)
 
 
-class _Binder:
+class Binder:
+    """Binds a model part by part, so that whoever runs it layer by layer need never hold it whole."""
+
     def __init__(self, weights: Weights, kernels: Kernels) -> None:
         self._weights, self._kernels, self._spec = weights, kernels, weights.spec
         self._uses: dict[tuple[str, str, str | None], int] = {}
         self._rotaries: dict[Rope, Rotary] = {}
-        self._resident = 0
+        self.resident_bytes = 0  # of everything bound so far, dropped or not
 
-    def bind(self) -> Bound:
-        spec = self._spec
-        embedding = self._embedding()
-        layers = [self._layer(spec.layer(i), i) for i in range(len(spec.layers))]
-        norm = self._norm(spec.norm, 0)
-        head = self._tied_head(embedding) if spec.tied else self._unit((spec.head,), 0)
-        uses = tuple(KernelUse(*key, count) for key, count in self._uses.items())
-        return Bound(Decoder(spec, embedding, layers, norm, head), uses, self._resident)
+    @property
+    def uses(self) -> tuple[KernelUse, ...]:
+        """What serves the parts bound so far."""
+        return tuple(KernelUse(*key, count) for key, count in self._uses.items())
 
-    def _embedding(self) -> torch.Tensor:
+    def embedding(self) -> torch.Tensor:
         """BF16 [V, hidden]: mapped on the CPU, where a token reads one row, moved elsewhere."""
         name = f"{self._spec.embedding}.weight"
         mapped = self._weights.dense(name)
@@ -116,16 +118,42 @@ class _Binder:
         moved = mapped.to(self._kernels.device)
         self._weights.release_dense(name)
         if not self._spec.tied:  # else it is counted with the head
-            self._resident += moved.nbytes
+            self.resident_bytes += moved.nbytes
         return moved
 
-    def _layer(self, layer: Layer, i: int) -> DecoderLayer:
+    def layer(self, i: int) -> DecoderLayer:
+        """Layer ``i``."""
+        layer = self._spec.layer(i)
         return DecoderLayer(
             self._norm(layer.mixer_norm, i),
             self._attention(layer.mixer, i),
             self._norm(layer.mlp_norm, i),
             Mlp(layer.mlp, self._unit(layer.mlp.gate_up, i), self._unit((layer.mlp.down,), i)),
         )
+
+    def norm(self) -> RmsNorm:
+        """The norm behind the last layer."""
+        return self._norm(self._spec.norm, 0)
+
+    def head(self, embedding: torch.Tensor | None = None) -> Linear:
+        """The output head. ``embedding``, if it is bound already, is the weight where the spec ties them."""
+        if not self._spec.tied:
+            return self._unit((self._spec.head,), 0)
+        return self._tied_head(
+            self._weights.dense(f"{self._spec.embedding}.weight") if embedding is None else embedding
+        )
+
+    def release_layer(self, i: int) -> None:
+        """The memory of layer ``i``'s linears is not needed soon: nobody uses what :meth:`layer` returned."""
+        for unit in self._spec.layer_units(i):
+            self._release(unit)
+
+    def release_head(self) -> None:
+        """As :meth:`release_layer`, for the head's weight."""
+        if self._spec.tied:
+            self._weights.release_dense(f"{self._spec.embedding}.weight")
+        else:
+            self._release((self._spec.head,))
 
     def _attention(self, spec: Attention, i: int) -> AttentionMixer:
         if spec.rope not in self._rotaries:
@@ -159,30 +187,34 @@ class _Binder:
         whole = PackedWeight(words, scales, first.bits, first.group, first.k)
         linear = self._kernels.packed(whole, self._bias(parts))
         held = _held(linear, parts, whole.nbytes)
-        self._resident += held
+        self.resident_bytes += held
         if held:
-            for p in parts:
-                self._weights.release(p.name)
+            self._release(parts)
         return linear
 
     def _dense(self, parts: tuple[Projection, ...]) -> Linear:
-        names = [f"{p.name}.weight" for p in parts]
-        whole = _joined([self._weights.dense(name) for name in names])
+        whole = _joined([self._weights.dense(f"{p.name}.weight") for p in parts])
         linear = self._kernels.dense(whole, self._bias(parts))
         held = _held(linear, parts, whole.nbytes)
-        self._resident += held
+        self.resident_bytes += held
         if held:
-            for name in names:
-                self._weights.release_dense(name)
+            self._release(parts)
         return linear
 
     def _tied_head(self, embedding: torch.Tensor) -> Linear:
         unit = (self._spec.head,)
         linear = self._kernels.dense(embedding, self._bias(unit))
-        self._resident += linear.resident_bytes
+        self.resident_bytes += linear.resident_bytes
         if linear.resident_bytes and embedding.is_cpu:
             self._weights.release_dense(f"{self._spec.embedding}.weight")
         return self._use(unit, linear)
+
+    def _release(self, parts: tuple[Projection, ...]) -> None:
+        for p in parts:
+            if self._weights.is_quantized(p.name):
+                self._weights.release(p.name)
+            else:
+                self._weights.release_dense(f"{p.name}.weight")
 
     def _bias(self, parts: tuple[Projection, ...]) -> torch.Tensor | None:
         if not any(p.bias for p in parts):

@@ -83,7 +83,7 @@ def test_blocks_change_nothing(
     kept_artifact: Path, checkpoints: Mapping[str, Path], text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(kept_artifact, checkpoints["llama"], text, context=CONTEXT, device="cpu").scores
-    monkeypatch.setattr("lbq.evaluation.run.BLOCK", 5)
+    monkeypatch.setattr("lbq.evaluation.stream.BLOCK", 5)
     told: list[tuple[int, int]] = []
     blocks = evaluate(
         kept_artifact,
@@ -96,7 +96,7 @@ def test_blocks_change_nothing(
     assert blocks.kl.mean == pytest.approx(whole.kl.mean, rel=1e-4)
     assert blocks.perplexity.artifact == pytest.approx(whole.perplexity.artifact, rel=1e-5)
     assert told == sorted(told)
-    assert told[-1][0] == told[-1][1] == len(TEXT) // CONTEXT * CONTEXT
+    assert told[-1][0] == told[-1][1] > 2 * 2 * (len(TEXT) // CONTEXT)  # sides, layers, windows, and their logits
 
 
 def test_a_model_against_itself(kept_artifact: Path, text: Path) -> None:

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -100,15 +101,17 @@ def progress(what: str, items: int, nbytes: int) -> Iterator[Bar]:
 
 
 @contextmanager
-def tokens(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr for a function that is told (tokens done, tokens in all); nothing without a terminal."""
+def steps(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for a function that is told (steps done, steps in all); nothing without a terminal."""
     console = Console(stderr=True, highlight=False)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("gone,"),
         TimeRemainingColumn(),
+        TextColumn("to go"),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task(what, total=None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lbq.cli.display import note, plain, print_json, table, tokens
+from lbq.cli.display import note, plain, print_json, steps, table
 
 if TYPE_CHECKING:
     from lbq.formats.quality import Divergence, Estimate, Evaluation
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 def evaluate(artifact: Path, against: str, text: Path, as_json: bool, **options: Any) -> None:
     """Say what quantization cost: next-token distributions of ARTIFACT against those of its original, on a text.
 
-    The text is cut into windows; in each, the second half is predicted. Both models must fit in memory.
+    The text is cut into windows; in each, the second half is predicted. Models are read layer by layer: memory is that
+    of a few layers, whatever their size.
     """
     from lbq.evaluation import evaluate as compare
 
-    with tokens("Evaluating") as advance:
+    with steps("Evaluating") as advance:
         found = compare(artifact, against, text, on_progress=advance, on_note=note, **options)
     if as_json:
         print_json(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,13 +66,13 @@ def read_text(path: Path) -> TextFile:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; --text takes plain text") from None
 
 
-def cut(file: TextFile, tokenizers: tuple[Tokenizer, Tokenizer], context: int, max_tokens: int | None) -> Windows:
+def cut(file: TextFile, tokenizers: Sequence[Tokenizer], context: int, max_tokens: int | None) -> Windows:
     """Whole windows from the start of the text, ``max_tokens`` tokens at most; what is left over is not used.
 
-    Raises DataError where the two tokenizers differ on this text or the text does not fill a window, UsageError where
+    Raises DataError where the tokenizers differ on this text or the text does not fill a window, UsageError where
     ``max_tokens`` or ``context`` is too short for one.
     """
-    tokenizer, other = tokenizers
+    tokenizer, *others = tokenizers
     prefix = _prefix(tokenizer)
     step = context - len(prefix)
     if step <= context // 2:
@@ -80,8 +80,8 @@ def cut(file: TextFile, tokenizers: tuple[Tokenizer, Tokenizer], context: int, m
     if max_tokens is not None and max_tokens < step:
         raise UsageError(f"{max_tokens} tokens at most: a window has {step}; raise --max-tokens or lower --context")
     ids = _encode(tokenizer, file.text, max_tokens)
-    if prefix != _prefix(other) or ids != _encode(other, file.text, max_tokens):
-        raise DataError(f"{file.path}: the two models' tokenizers make different tokens of it; compare like with like")
+    if any(prefix != _prefix(other) or ids != _encode(other, file.text, max_tokens) for other in others):
+        raise DataError(f"{file.path}: the models' tokenizers make different tokens of it; compare like with like")
     if len(ids) < step:
         what = f"{len(ids)} tokens, and a window takes {step}; give a longer text or lower --context"
         raise DataError(f"{file.path}: {what if ids else 'the text is empty'}")

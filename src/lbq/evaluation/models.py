@@ -1,0 +1,61 @@
+"""What is compared: models by name, and the windows of a text that all of them read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from lbq.evaluation.windows import TextFile, Windows, cut
+from lbq.formats.artifact import Artifact, open_artifact
+from lbq.formats.disk import readable
+from lbq.formats.errors import UsageError
+from lbq.formats.manifest import MANIFEST
+from lbq.formats.quality import Text
+from lbq.quantizer.original import Original, open_original
+from lbq.quantizer.source import resolve
+from lbq.runtime.binding import Weights
+from lbq.runtime.text.tokenizer import Tokenizer
+
+CONTEXT = 512  # tokens of a window, unless the models were made for fewer
+SHORTEST = 4
+
+
+class Model(Weights, Protocol):
+    """Weights with a tokenizer: an artifact, an original, what is quantised on load."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+def open_model(model: Path | str) -> Artifact | Original:
+    """Open an artifact's folder, a checkpoint's, or a Hub id; to be closed. Raises what opening these raises."""
+    if not str(model):
+        raise UsageError("no model: give a folder or a Hub id")
+    return open_artifact(model) if (Path(model) / MANIFEST).is_file() else open_original(resolve(model))
+
+
+def windows_of(file: TextFile, models: Sequence[Model], context: int | None, max_tokens: int | None) -> Windows:
+    """Cut a text for models that read it together, in windows of ``context`` tokens (None: CONTEXT, or what they take).
+
+    Raises UsageError for a context that they do not take, and what :func:`lbq.evaluation.windows.cut` raises.
+    """
+    if max_tokens is not None and not isinstance(max_tokens, int):
+        raise UsageError(f"max_tokens {max_tokens!r}: a whole number is needed")
+    most = min(model.spec.context for model in models)
+    if context is None:
+        context = min(CONTEXT, most)
+    if not (isinstance(context, int) and SHORTEST <= context <= most):
+        raise UsageError(f"context {context}: these models take {SHORTEST} to {most} tokens")
+    return cut(file, [_tokenizer(model) for model in models], context, max_tokens)
+
+
+def text_of(file: TextFile, windows: Windows) -> Text:
+    """What a report says of the text that was read."""
+    return Text(readable(file.path), file.sha256, len(windows.ids), windows.context, len(windows), windows.positions)
+
+
+def _tokenizer(model: Model) -> Tokenizer:
+    tokenizer = Tokenizer.load(model.folder)
+    tokenizer.check_vocabulary(model.spec.vocab_size)
+    return tokenizer
