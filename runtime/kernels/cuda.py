@@ -25,7 +25,7 @@ class CudaLinear:
 
     ``weight`` is on the CUDA device (its words are used in place at 8 and 4 bits, rearranged once at 3); ``bias`` is
     [N]. Up to 16 tokens run as matrix-vector products on two int8 planes of the activations, more through float16
-    tiles. ``exact`` computes every product in float64 instead: slow, for checking.
+    tiles. ``exact`` multiplies in float32 instead, TF32 off: slower, for evaluations and for checking.
     """
 
     fallback: str | None = None
@@ -39,7 +39,7 @@ class CudaLinear:
         self.resident_bytes = self._weight.nbytes + self._norms.nbytes
         self.resident_bytes += 0 if self._bias is None else self._bias.nbytes
         self.kernel = f"Triton INT{weight.bits} " + (
-            "dequantise + float64 matmul"
+            "dequantise + float32 matmul"
             if exact
             else "GEMV (activations in two int8 planes), prompts by dequantise + float16 matmul"
         )
@@ -71,7 +71,7 @@ class DenseCudaLinear:
         self._exact = exact
         self.n, self.k = weight.shape
         self.resident_bytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
-        self.kernel = "BF16 float64 matmul" if exact else "Triton BF16 GEMV, prompts by BF16 matmul"
+        self.kernel = "BF16 as float32, float32 matmul" if exact else "Triton BF16 GEMV, prompts by BF16 matmul"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         assert x.dim() == 2

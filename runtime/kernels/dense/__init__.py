@@ -6,6 +6,9 @@ BF16 weights (which are exact) with float32 sums, and the two results are added.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from triton import cdiv
 
@@ -57,12 +60,23 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return y if bias is None else y.add_(bias)
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 matrices keep all their bits: TF32 is off meanwhile, whatever the process has chosen."""
+    switch = torch.backends.cuda.matmul
+    chosen = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = chosen
+
+
 def exact_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The product in float64, rounded once to float32 [M, N], a bounded tile of rows at a time. Slow: for checking."""
-    x64 = x.double()
+    """As :func:`matmul`, with float32 products of unrounded activations, a bounded tile of rows at a time."""
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
-    rows = max(1, (64 << 20) // (8 * weight.shape[1]))
-    for start in range(0, weight.shape[0], rows):
-        tile = weight[start : start + rows].double()
-        y[:, start : start + rows] = x64 @ tile.t()
+    rows = max(1, (64 << 20) // (4 * weight.shape[1]))
+    with full_float32():
+        for start in range(0, weight.shape[0], rows):
+            y[:, start : start + rows] = x @ weight[start : start + rows].float().t()
     return y if bias is None else y.add_(bias)

@@ -42,3 +42,15 @@ def test_prompts(n: int, k: int, relative_error: Error) -> None:
     y64 = x.double() @ weight.double().t() + bias.double()
     assert relative_error(dense.matmul(x, weight, bias), y64) <= 2e-5
     assert relative_error(dense.exact_matmul(x, weight, bias), y64) <= 1e-6
+
+
+@pytest.mark.parametrize("chosen", ["ieee", "tf32"])
+def test_full_float32_puts_the_switch_back(chosen: str) -> None:
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, chosen
+    try:
+        with dense.full_float32():
+            assert switch.fp32_precision == "ieee"
+        assert switch.fp32_precision == chosen
+    finally:
+        switch.fp32_precision = before
