@@ -12,21 +12,22 @@ import torch
 
 from lbq.formats.packing import PackedWeight
 from lbq.quantizer import tensors
-from lbq.quantizer.convert import Prepared
+from lbq.quantizer.convert import OnProgress, Prepared
 from lbq.quantizer.plan import Keep, Quantize
 
 
 class QuantizedOnLoad:
     """A prepared conversion in the form in which a runtime takes weights. ``device`` is where rounding is done and
-    where codes end up."""
+    where codes end up. ``on_progress`` hears of every tensor that has been read."""
 
-    def __init__(self, prepared: Prepared, device: torch.device) -> None:
+    def __init__(self, prepared: Prepared, device: torch.device, on_progress: OnProgress | None = None) -> None:
         self.folder = prepared.source.folder
         self.spec = prepared.plan.spec
         self.notes = prepared.plan.notes
         self.plan = prepared.plan
         self._checkpoint = prepared.checkpoint
         self._device = device
+        self._on_progress = on_progress
         self._quantized = {step.module: step for step in self.plan.steps if isinstance(step, Quantize)}
         self._dense = {step.name: step for step in self.plan.steps if isinstance(step, Keep)}
 
@@ -36,19 +37,32 @@ class QuantizedOnLoad:
 
     def packed(self, module: str) -> PackedWeight:
         """Codes and scales of a linear layer, made now. Raises DataError for a weight that has no code."""
-        return tensors.quantized(self._checkpoint, self._quantized[module], self._device, to=self._device)
+        step = self._quantized[module]
+        packed = tensors.quantized(self._checkpoint, step, self._device, to=self._device)
+        self._done(step)
+        return packed
 
     def dense(self, name: str) -> torch.Tensor:
         """A tensor by its full name, as BF16. Raises DataError for NaN and infinity."""
-        return tensors.dense(self._checkpoint, self._dense[name])
+        step = self._dense[name]
+        tensor = tensors.dense(self._checkpoint, step)
+        self._done(step)
+        return tensor
 
     def release(self, module: str) -> None:
-        """Drop the resident pages of the weight that ``module`` was made from."""
-        self._checkpoint.release(self._quantized[module].source)
+        """Nothing to do: codes do not lie in the file, whose pages were given back when they were made."""
+        del module
 
     def release_dense(self, name: str) -> None:
         """Drop the resident pages of a BF16 tensor."""
         self._checkpoint.release(self._dense[name].source)
+
+    def _done(self, step: Quantize | Keep) -> None:
+        """Drop the resident pages of a tensor that was read; whoever looks into the file reads them again."""
+        self._checkpoint.release(step.source)
+        if self._on_progress is not None:
+            name = step.module if isinstance(step, Quantize) else step.name
+            self._on_progress(name, self._checkpoint.info(step.source).nbytes)
 
     def close(self) -> None:
         """Unmap what nobody uses any more."""

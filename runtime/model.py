@@ -1,20 +1,21 @@
-"""A loaded artifact: prompts in, text out."""
+"""A loaded model: prompts in, text out."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, Protocol, TypedDict, Unpack
 
 import torch
 
-from lbq.formats.artifact import Artifact, open_artifact
+from lbq.formats.artifact import open_artifact
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.spec import ModelSpec
-from lbq.runtime.binding import Bound, KernelUse, bind
+from lbq.runtime.binding import Bound, KernelUse, Weights, bind
 from lbq.runtime.devices import Device, device_errors, find_device, set_threads
 from lbq.runtime.engines import EnginePool
 from lbq.runtime.text.chat import ChatTemplate, Message, require_template
@@ -48,6 +49,33 @@ class GenerationSettings(TypedDict, total=False):
     seed: int | None
 
 
+class LoadSettings(TypedDict, total=False):
+    """Keyword arguments of everything that loads a model: where it runs and how.
+
+    ``dtype="float32"`` is the reference mode: float32 activations and products, slow. ``context``: the most tokens of a text, at most the
+    model's; by default the model's on the CPU, where the cache grows as needed, and on a GPU as many of at most 8192 as
+    fit its memory. ``strict`` refuses kernels that are not the fast path, and a GPU that is there and not used.
+    ``threads`` is torch's number of threads, for the whole process.
+    """
+
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "float32"]
+    context: int | None
+    strict: bool
+    threads: int | None
+
+
+class ModelWeights(Weights, Protocol):
+    """Weights, and the folder that holds the tokenizer, chat template and generation settings that go with them."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def close(self) -> None:
+        """Give back what nobody uses any more."""
+        ...
+
+
 @dataclass(frozen=True)
 class Result:
     """A generated text and how it ended."""
@@ -76,15 +104,15 @@ class TextStream(Iterator[str]):
 
 
 class Model:
-    """An artifact on a device, with its tokenizer. Make one with :func:`load`; close it, or use it with ``with``.
+    """Weights on a device, with their tokenizer. Make one with :func:`load`; close it, or use it with ``with``.
 
     Several texts may be streamed in turn from one thread: each has an engine of its own, and engines are used again.
     """
 
-    def __init__(self, artifact: Artifact, device: Device, context: int | None, *, strict: bool = False) -> None:
-        """``artifact`` belongs to the model from here on. Raises DataError where its parts do not fit."""
-        folder = artifact.folder
-        self.spec: ModelSpec = artifact.spec
+    def __init__(self, weights: ModelWeights, device: Device, context: int | None, *, strict: bool = False) -> None:
+        """``weights`` belong to the model from here on. Raises DataError where tokenizer and weights do not fit."""
+        folder = weights.folder
+        self.spec: ModelSpec = weights.spec
         self.device: torch.device = device.device
         self.note = device.note  # why a GPU that is there is not used
         self.tokenizer = Tokenizer.load(folder)
@@ -92,7 +120,7 @@ class Model:
         self.template = ChatTemplate.load(folder)
         self.defaults = GenerationDefaults.load(folder)
         self.end_ids = self.defaults.end_ids(self.tokenizer)
-        self._artifact, self._on = artifact, device
+        self._weights, self._on = weights, device
         self._asked_context, self._strict = context, strict
         self._ready: _Ready | None = None
         self._closed = False
@@ -102,7 +130,7 @@ class Model:
         self._ready, self._closed = None, True
         if self.template is not None:
             self.template.close()
-        self._artifact.close()
+        self._weights.close()
 
     def __enter__(self) -> Model:
         return self
@@ -119,12 +147,14 @@ class Model:
         self._check_open()
         if self._ready is not None:
             return
+        start = time.perf_counter()
         with device_errors():
-            bound = bind(self._artifact, self._on)
+            bound = bind(self._weights, self._on)
             if self._strict:
                 _refuse_fallbacks(bound.kernels)
             context = self._asked_context or self._on.default_context(bound.decoder)
-        self._ready = _Ready(bound, EnginePool(partial(self._on.engine, bound.decoder, context), context))
+        engines = EnginePool(partial(self._on.engine, bound.decoder, context), context)
+        self._ready = _Ready(bound, engines, time.perf_counter() - start)
 
     @property
     def context(self) -> int:
@@ -139,6 +169,11 @@ class Model:
     def resident_bytes(self) -> int:
         """Bytes of weights that are held beyond the mapped file."""
         return self._bound().bound.resident_bytes
+
+    @property
+    def seconds_to_bind(self) -> float:
+        """How long it took to bring the weights to the device."""
+        return self._bound().seconds
 
     def new_engine(self) -> Engine:
         """An engine with an empty state."""
@@ -252,37 +287,24 @@ class _Ready:
 
     bound: Bound
     engines: EnginePool
+    seconds: float  # that binding took
 
 
-def load(
-    path: Path | str,
-    *,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    dtype: Literal["auto", "float32"] = "auto",
-    context: int | None = None,
-    strict: bool = False,
-    threads: int | None = None,
-) -> Model:
+def load(path: Path | str, **settings: Unpack[LoadSettings]) -> Model:
     """Map the artifact in ``path`` and bind it to a device.
-
-    ``dtype="float32"`` is the reference mode: float32 activations and products, slow. ``context``: the most tokens of a
-    text, at most the model's; by default the model's on the CPU, where the cache grows as needed, and on a GPU as many
-    of at most 8192 as fit its memory. ``strict`` refuses kernels that are not the fast path, and a GPU that is there
-    and not used. ``threads`` is torch's number of threads, for the whole process.
 
     Raises StorageError and DataError for the folder, UsageError for arguments, DeviceError for the device.
     """
-    model = open_model(path, device=device, dtype=dtype, context=context, strict=strict, threads=threads)
-    try:
-        model.bind()
-    except BaseException:
-        model.close()
-        raise
-    return model
+    return bind_now(open_model(path, **settings))
 
 
-def open_model(
-    path: Path | str,
+def open_model(path: Path | str, **settings: Unpack[LoadSettings]) -> Model:
+    """As :func:`load`, but the weights are bound when they are first needed: what is wrong before is said at once."""
+    return open_weights(lambda _: open_artifact(path), **settings)
+
+
+def open_weights(
+    open_on: Callable[[torch.device], ModelWeights],
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "float32"] = "auto",
@@ -290,7 +312,7 @@ def open_model(
     strict: bool = False,
     threads: int | None = None,
 ) -> Model:
-    """As :func:`load`, but the weights are bound when they are first needed: what is wrong before is said at once."""
+    """A model of whatever weights ``open_on`` opens for a device; they are bound when they are first needed."""
     if dtype not in ("auto", "float32"):
         raise UsageError(f"dtype {dtype}: auto or float32")
     if threads is not None:
@@ -298,15 +320,25 @@ def open_model(
     where = find_device(device, exact=dtype == "float32")
     if strict and where.note is not None:
         raise DeviceError(f"{where.note}; refused under --strict")
-    artifact = open_artifact(path)
+    weights = open_on(where.device)
     try:
-        most = artifact.spec.context
+        most = weights.spec.context
         if context is not None and not (isinstance(context, int) and 1 <= context <= most):
-            raise UsageError(f"context {context}: {artifact.folder} was made for 1 to {most} tokens")
-        return Model(artifact, where, context, strict=strict)
+            raise UsageError(f"context {context}: {weights.folder} was made for 1 to {most} tokens")
+        return Model(weights, where, context, strict=strict)
     except BaseException:
-        artifact.close()
+        weights.close()
         raise
+
+
+def bind_now(model: Model) -> Model:
+    """The same model once its weights are bound; it is closed where that fails."""
+    try:
+        model.bind()
+    except BaseException:
+        model.close()
+        raise
+    return model
 
 
 def _refuse_fallbacks(kernels: Sequence[KernelUse]) -> None:

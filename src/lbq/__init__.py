@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lbq.evaluation import evaluate
+    from lbq.loading import load
     from lbq.quantizer.convert import convert
-    from lbq.runtime.model import load
 
 __all__ = ["__version__", "convert", "evaluate", "load"]
 
 __version__ = "0.1.0"
 
-_HOMES = {"convert": "lbq.quantizer.convert", "evaluate": "lbq.evaluation", "load": "lbq.runtime.model"}
+_HOMES = {"convert": "lbq.quantizer.convert", "evaluate": "lbq.evaluation", "load": "lbq.loading"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""Peak memory of a conversion: a few times the largest tensor, whatever the size of the model."""
+"""Peak memory: of a conversion a few times the largest tensor, of quantising at load that on top of the result."""
 
 from __future__ import annotations
 
@@ -13,14 +13,27 @@ import torch
 from lbq.formats.safetensors_writer import ShardWriter, TensorPlan, index_json, plan_shards, shard_names
 from lbq.quantizer.families import read_spec
 
-PROGRAM = """
+PEAK = """
 import re, sys
+import torch
 import lbq.quantizer.convert as conversion
+from lbq.quantizer.on_load import QuantizedOnLoad
+from lbq.quantizer.request import make_request
+from lbq.quantizer.source import resolve
+from lbq.runtime.binding import bind
+from lbq.runtime.devices import CpuDevice
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
+"""
+CONVERT = """
 done = conversion.convert(sys.argv[1], sys.argv[2], bits=4, group=128, device="cpu")
 print(before, peak(), done.manifest.summary.weights)
+"""
+LOAD = """
+prepared = conversion.prepare(resolve(sys.argv[1]), make_request(4, 128))
+bound = bind(QuantizedOnLoad(prepared, torch.device("cpu")), CpuDevice(exact=False))
+print(before, peak(), bound.resident_bytes)
 """
 
 
@@ -55,30 +68,35 @@ def synthetic(folder: Path, *, hidden: int, width: int, layers: int, vocab: int)
     return sum(plan.nbytes for plan in plans)
 
 
-def convert(source: Path, target: Path) -> tuple[int, int]:
-    """Peak resident bytes of a process that converts: before it begins, and at its end."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, source, target], capture_output=True, text=True, check=False)
+def measured(program: str, *arguments: Path) -> tuple[int, int, int]:
+    """Peak resident bytes of a process before it begins and at its end, and the program's own number."""
+    command = [sys.executable, "-c", PEAK + program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    before, after, weights = map(int, done.stdout.split())
-    assert weights > 0
-    return before, after
+    before, after, number = map(int, done.stdout.split())
+    print(before, after, number)
+    assert number > 0
+    return before, after, number
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     nbytes = synthetic(tmp_path / "source", hidden=1024, width=2048, layers=10, vocab=2048)
-    before, after = convert(tmp_path / "source", tmp_path / "out")
-    print(nbytes, before, after)
     assert nbytes > 180_000_000
+    before, after, _ = measured(CONVERT, tmp_path / "source", tmp_path / "out")
     assert after - before < 120_000_000
+    before, after, resident = measured(LOAD, tmp_path / "source")
+    assert resident < 0.35 * nbytes
+    assert after - before < resident + 120_000_000
 
 
 @pytest.mark.slow
 def test_eight_gigabytes(tmp_path: Path) -> None:
     nbytes = synthetic(tmp_path / "source", hidden=4096, width=14336, layers=18, vocab=32000)
-    before, after = convert(tmp_path / "source", tmp_path / "out")
-    print(nbytes, before, after)
     assert nbytes > 8_000_000_000
+    _, after, _ = measured(CONVERT, tmp_path / "source", tmp_path / "out")
     assert after < 2_000_000_000
+    _, after, resident = measured(LOAD, tmp_path / "source")
+    assert after < resident + 2_000_000_000
     for folder in ("source", "out"):  # pytest keeps the folders of its last runs
         for path in (tmp_path / folder).iterdir():
             path.unlink()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lbq.cli.display import Size, note, pattern, print_json, progress, size, table
+from lbq.cli.options import Wish, quantization_options
 from lbq.formats.disk import readable
 
 if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq run`
@@ -16,17 +17,10 @@ if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq ru
 
 @click.command()
 @click.argument("model")
-@click.option("--bits", type=int, default=4, show_default=True, help="3, 4 or 8.")
-@click.option("--gs", "group", metavar="GROUP", help="Weights that share a scale: 32…512 or row. [128; row at 8 bits]")
-@click.option("--lm-head", type=int, help="Bits of the output head: 8, 4 or 16.  [8]")
-@click.option("--keep", multiple=True, metavar="PATTERN", help="Linear layers that stay BF16. Repeatable.")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="PATTERN=BITS[:GROUP]", help="Mixed bits, as down_proj=8. Repeatable."
-)
+@quantization_options()
 @click.option("--for", "readers", metavar="TOOLS", help="vllm,sglang: store groups that their fast kernels take.")
 @click.option("--out", type=click.Path(path_type=Path), help="The artifact's folder.  [./NAME-int4-g256]")
 @click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Say what would be written, from headers alone.")
 @click.option("--strict", is_flag=True, help="Fail where anything would differ from what was asked for.")
@@ -34,15 +28,10 @@ if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq ru
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def convert(
     model: str,
-    bits: int,
-    group: str | None,
-    lm_head: int | None,
-    keep: tuple[str, ...],
-    overrides: tuple[str, ...],
+    wish: Wish,
     readers: str | None,
     out: Path | None,
     max_shard_bytes: int,
-    revision: str | None,
     device: str,
     dry_run: bool,
     strict: bool,
@@ -54,22 +43,16 @@ def convert(
     A PATTERN names a layer by whole components of its name, as a shell glob: down_proj, layers.0, layers.[0-3].mlp.
     """
     from lbq.quantizer.convert import check_output, prepare, write_artifact
-    from lbq.quantizer.request import make_request
     from lbq.quantizer.source import resolve
 
-    request = make_request(
-        bits,
-        group,
-        lm_head=lm_head,
-        keep=keep,
-        overrides=overrides,
+    request = wish.request(
         readers=tuple(name.strip() for name in readers.split(",")) if readers else (),
         max_shard_bytes=max_shard_bytes,
         strict=strict,
     )
     if out is not None and not dry_run:
         check_output(model, out, overwrite=overwrite)
-    source = resolve(model, revision)
+    source = resolve(model, wish.revision)
     prepared = prepare(source, request)
     target = out or Path(prepared.default_name())
     for text in prepared.plan.notes:

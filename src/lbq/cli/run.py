@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lbq.cli.display import note, plain
+from lbq.cli.display import Bar, note, plain, progress
+from lbq.cli.options import Wish, quantization_options
 from lbq.formats.errors import DataError, DeviceError, UsageError
 
 if TYPE_CHECKING:
-    from lbq.runtime.model import Model
+    from lbq.quantizer.convert import Prepared
+    from lbq.runtime.model import LoadSettings, Model
     from lbq.runtime.text.generation import Finish
     from lbq.runtime.text.session import ChatSession
 
@@ -23,7 +24,7 @@ CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an ans
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact")
 @click.option("-p", "--prompt", help="Answer this and exit; - reads it from stdin, as does a pipe without -p.")
 @click.option("--system", help="System prompt.")
 @click.option(
@@ -47,12 +48,14 @@ CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an ans
 @click.option("--dtype", type=click.Choice(["auto", "float32"]), default="auto", help="float32: exact and slow.")
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--strict", is_flag=True, help="Fail where a layer would not get its fast kernel.")
+@quantization_options(at_load=True)
 def run(
-    artifact: Path,
+    artifact: str,
     prompt: str | None,
     system: str | None,
     chat: bool | None,
     think: bool | None,
+    wish: Wish,
     strict: bool,
     context: int | None,
     device: Any,
@@ -60,30 +63,93 @@ def run(
     threads: int | None,
     **settings: Any,
 ) -> None:
-    """Run ARTIFACT: answer a prompt, or chat at the terminal."""
+    """Run ARTIFACT: answer a prompt, or chat at the terminal.
+
+    With --bits, ARTIFACT is a checkpoint, a folder or a Hub id: it is quantized while it is loaded, and nothing is
+    written.
+    """
     if prompt == "-" or (prompt is None and not _at_terminal()):
         prompt = _read_stdin()
     if system is not None and chat is False:
         raise UsageError("--system needs the chat template: leave out --no-chat")
     if prompt is None and chat is False:
         raise UsageError("--no-chat continues a prompt: give one with -p")
-    from lbq.runtime.model import open_model
-
     given = {name: value for name, value in settings.items() if value is not None}
-    with open_model(artifact, device=device, dtype=dtype, context=context, strict=strict, threads=threads) as model:
+    where: LoadSettings = {
+        "device": device, "dtype": dtype, "context": context, "strict": strict, "threads": threads,
+    }  # fmt: skip
+    opened, loading = (_open_artifact if wish.bits is None else _open_checkpoint)(artifact, wish, where)
+    with opened as model:
         _say_notes(model, given, continues=prompt is not None and system is None and chat is None)
         if prompt is None:
-            _chat(model, model.chat(system=system, think=think, **given))
+            with loading.shown():
+                session = model.chat(system=system, think=think, **given)
+            _chat(model, session)
             finish = None
         else:
             asked = prompt if system is None else _messages(system, prompt)
-            stream = model.stream(asked, chat=chat, think=think, **given)
+            with loading.shown():
+                stream = model.stream(asked, chat=chat, think=think, **given)
             try:
                 _write(stream)
             finally:
                 click.echo()
             finish = stream.finish
         _say_how(model, finish)
+        loading.say(model)
+
+
+class _Loading:
+    """What is shown of a checkpoint that is quantized at load, if it is one."""
+
+    def __init__(self, prepared: Prepared | None = None) -> None:
+        self._prepared = prepared
+        self._bar: Bar | None = None
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """A bar around the first thing that needs the weights."""
+        if self._prepared is None:
+            yield
+            return
+        with progress("Quantizing", len(self._prepared.plan.steps), self._prepared.source_bytes) as self._bar:
+            yield
+
+    def advance(self, name: str, nbytes: int) -> None:
+        if self._bar is not None:
+            self._bar.advance(name, nbytes)
+
+    def say(self, model: Model) -> None:
+        if self._prepared is not None:
+            scheme = self._prepared.request.scheme
+            group = scheme.group or "row"
+            click.echo(
+                f"[INT{scheme.bits}, group {group}, quantized at load in {model.seconds_to_bind:.1f} s]", err=True
+            )
+
+
+def _open_artifact(artifact: str, wish: Wish, where: LoadSettings) -> tuple[Model, _Loading]:
+    from lbq.loading import check_artifact
+    from lbq.runtime.model import open_model
+
+    if wish.given:
+        raise UsageError("--gs, --lm-head, --keep, --set and --revision go with --bits, which quantizes a checkpoint")
+    check_artifact(artifact)
+    return open_model(artifact, **where), _Loading()
+
+
+def _open_checkpoint(checkpoint: str, wish: Wish, where: LoadSettings) -> tuple[Model, _Loading]:
+    from lbq.loading import check_checkpoint, quantize_on_load
+    from lbq.quantizer.convert import prepare
+    from lbq.quantizer.source import resolve
+
+    request = wish.request(strict=where["strict"])
+    check_checkpoint(checkpoint)
+    prepared = prepare(resolve(checkpoint, wish.revision), request)
+    for text in prepared.plan.notes:
+        note(text)
+    loading = _Loading(prepared)
+    return quantize_on_load(prepared, loading.advance, **where), loading
 
 
 def _say_notes(model: Model, given: dict[str, Any], *, continues: bool) -> None:

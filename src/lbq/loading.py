@@ -1,0 +1,84 @@
+"""Loading a model: an artifact by the runtime alone, a checkpoint by the quantizer and the runtime together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Unpack
+
+from lbq.formats.errors import StorageError, UsageError
+from lbq.formats.manifest import MANIFEST
+from lbq.runtime.model import LoadSettings, Model, bind_now, open_model, open_weights
+
+if TYPE_CHECKING:  # an artifact loads without the quantizer
+    from lbq.quantizer.convert import OnProgress, Prepared
+
+__all__ = ["check_artifact", "check_checkpoint", "load", "quantize_on_load"]
+
+
+def load(
+    model: Path | str,
+    *,
+    bits: int | None = None,
+    group: int | Literal["row"] | None = None,
+    lm_head: int = 8,
+    keep: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    revision: str | None = None,
+    on_note: Callable[[str], None] | None = None,
+    **settings: Unpack[LoadSettings],
+) -> Model:
+    """Load the artifact in a folder; or, with ``bits``, a checkpoint (a folder or a Hub id) that is quantized now.
+
+    ``bits`` to ``revision`` are those of :func:`lbq.convert`, and the codes are those that it would write. The
+    checkpoint is quantized tensor by tensor on the device: nothing is written, and memory holds the result and one
+    tensor. ``on_note`` hears of what differs from the request. ``settings``:
+    :class:`lbq.runtime.model.LoadSettings`.
+
+    Raises StorageError and DataError for files, UsageError for arguments, RemoteError for the Hub, DeviceError for the
+    device.
+    """
+    if bits is None:
+        if group is not None or lm_head != 8 or keep or overrides or revision is not None:
+            raise UsageError("group, lm_head, keep, overrides and revision go with bits, which quantizes a checkpoint")
+        check_artifact(model)
+        return bind_now(open_model(model, **settings))
+    from lbq.quantizer.convert import prepare
+    from lbq.quantizer.request import make_request
+    from lbq.quantizer.source import resolve
+
+    strict = settings.get("strict", False)
+    request = make_request(bits, group, lm_head=lm_head, keep=keep, overrides=overrides, strict=strict)
+    check_checkpoint(model)
+    prepared = prepare(resolve(model, revision), request)
+    if on_note is not None:
+        for text in prepared.plan.notes:
+            on_note(text)
+    return bind_now(quantize_on_load(prepared, **settings))
+
+
+def quantize_on_load(
+    prepared: Prepared, on_progress: OnProgress | None = None, **settings: Unpack[LoadSettings]
+) -> Model:
+    """A model of a prepared conversion; it is quantized when its weights are first needed, or by ``bind``."""
+    from lbq.quantizer.on_load import QuantizedOnLoad
+
+    return open_weights(lambda device: QuantizedOnLoad(prepared, device, on_progress), **settings)
+
+
+def check_artifact(model: Path | str) -> None:
+    """Raise UsageError for a checkpoint, which has to be quantized first, StorageError for what is not there."""
+    folder = Path(model)
+    ways = "convert it with lbq convert, or quantize it at load with --bits 4 (bits=4)"
+    if (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
+        raise UsageError(f"{model}: a checkpoint, not an lbq artifact: {ways}")
+    if not folder.exists():
+        raise StorageError(f"{model}: no such folder; if it is a checkpoint on the Hub, {ways}")
+
+
+def check_checkpoint(model: Path | str) -> None:
+    """Raise UsageError for an artifact, whose bits are what they are."""
+    if (Path(model) / MANIFEST).is_file():
+        raise UsageError(
+            f"{model}: an artifact, quantized already: --bits and what goes with it are for checkpoints; leave them out"
+        )
