@@ -16,6 +16,7 @@ from lbq.formats.spec import Count, ModelSpec, Name, Part, Positive
 MANIFEST = "lbq.json"
 REPORT = "report.json"
 VERSION = 1
+CHECKPOINT = "a checkpoint is made into one by lbq convert, or quantized at load by lbq run --bits 4"
 
 
 class QuantizedModule(Part, frozen=True):
@@ -121,9 +122,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise StorageError(f"{folder}: no such folder")
+        raise StorageError(f"{folder}: no such folder; {CHECKPOINT}")
     if not path.is_file():
-        raise DataError(f"{folder}: not an lbq artifact (no {MANIFEST}); make one with: lbq convert MODEL")
+        raise DataError(f"{folder}: not an lbq artifact (no {MANIFEST}); {CHECKPOINT}")
     data = json_file.read_bytes(path)
     version = json_file.decode(data, _Version, path).lbq_format
     if version != VERSION:

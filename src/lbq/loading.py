@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
-from lbq.formats.errors import StorageError, UsageError
+from lbq.formats.errors import UsageError
 from lbq.formats.manifest import MANIFEST
 from lbq.runtime.model import LoadSettings, Model, bind_now, open_model, open_weights
 
 if TYPE_CHECKING:  # an artifact loads without the quantizer
     from lbq.quantizer.convert import OnProgress, Prepared
 
-__all__ = ["check_artifact", "check_checkpoint", "load", "quantize_on_load"]
+__all__ = ["check_checkpoint", "load", "quantize_on_load"]
 
 
 def load(
@@ -41,7 +41,6 @@ def load(
     if bits is None:
         if group is not None or lm_head != 8 or keep or overrides or revision is not None:
             raise UsageError("group, lm_head, keep, overrides and revision go with bits, which quantizes a checkpoint")
-        check_artifact(model)
         return bind_now(open_model(model, **settings))
     from lbq.quantizer.convert import prepare
     from lbq.quantizer.request import make_request
@@ -64,16 +63,6 @@ def quantize_on_load(
     from lbq.quantizer.on_load import QuantizedOnLoad
 
     return open_weights(lambda device: QuantizedOnLoad(prepared, device, on_progress), **settings)
-
-
-def check_artifact(model: Path | str) -> None:
-    """Raise UsageError for a checkpoint, which has to be quantized first, StorageError for what is not there."""
-    folder = Path(model)
-    ways = "convert it with lbq convert, or quantize it at load with --bits 4 (bits=4)"
-    if (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
-        raise UsageError(f"{model}: a checkpoint, not an lbq artifact: {ways}")
-    if not folder.exists():
-        raise StorageError(f"{model}: no such folder; if it is a checkpoint on the Hub, {ways}")
 
 
 def check_checkpoint(model: Path | str) -> None:

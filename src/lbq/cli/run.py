@@ -129,12 +129,10 @@ class _Loading:
 
 
 def _open_artifact(artifact: str, wish: Wish, where: LoadSettings) -> tuple[Model, _Loading]:
-    from lbq.loading import check_artifact
     from lbq.runtime.model import open_model
 
     if wish.given:
         raise UsageError("--gs, --lm-head, --keep, --set and --revision go with --bits, which quantizes a checkpoint")
-    check_artifact(artifact)
     return open_model(artifact, **where), _Loading()
 
 
