@@ -21,7 +21,7 @@ def load(
     *,
     bits: int | None = None,
     group: int | Literal["row"] | None = None,
-    lm_head: int = 8,
+    lm_head: int | None = None,
     keep: Sequence[str] = (),
     overrides: Sequence[str] = (),
     revision: str | None = None,
@@ -39,7 +39,7 @@ def load(
     device.
     """
     if bits is None:
-        if group is not None or lm_head != 8 or keep or overrides or revision is not None:
+        if group is not None or lm_head is not None or keep or overrides or revision is not None:
             raise UsageError("group, lm_head, keep, overrides and revision go with bits, which quantizes a checkpoint")
         return bind_now(open_model(model, **settings))
     from lbq.quantizer.convert import prepare

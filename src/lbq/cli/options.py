@@ -19,7 +19,7 @@ class Wish:
 
     bits: int | None
     group: str | None
-    lm_head: int
+    lm_head: int | None
     keep: tuple[str, ...]
     overrides: tuple[str, ...]
     revision: str | None
@@ -27,7 +27,7 @@ class Wish:
     @property
     def given(self) -> bool:
         """Whether anything was asked for, where nothing has to be."""
-        return self != Wish(None, None, 8, (), (), None)
+        return self != Wish(None, None, None, (), (), None)
 
     def request(self, **more: Any) -> Request:
         """What the quantizer takes; ``more`` goes to ``make_request``. Raises UsageError."""
@@ -49,7 +49,7 @@ def quantization_options(*, at_load: bool = False) -> Callable[[Callable[..., No
         click.option(
             "--gs", "group", metavar="GROUP", help="Weights that share a scale: 32…512 or row. [128; row at 8 bits]"
         ),
-        click.option("--lm-head", type=int, default=8, show_default=True, help="Bits of the output head: 8, 4 or 16."),
+        click.option("--lm-head", type=int, help="Bits of the output head: 8, 4 or 16.  [8]"),
         click.option("--keep", multiple=True, metavar="PATTERN", help="Linear layers that stay BF16. Repeatable."),
         click.option(
             "--set",
