@@ -52,10 +52,10 @@ class GenerationSettings(TypedDict, total=False):
 class LoadSettings(TypedDict, total=False):
     """Keyword arguments of everything that loads a model: where it runs and how.
 
-    ``dtype="float32"`` is the reference mode: float32 activations and products, slow. ``context``: the most tokens of a text, at most the
-    model's; by default the model's on the CPU, where the cache grows as needed, and on a GPU as many of at most 8192 as
-    fit its memory. ``strict`` refuses kernels that are not the fast path, and a GPU that is there and not used.
-    ``threads`` is torch's number of threads, for the whole process.
+    ``dtype="float32"`` is the reference mode: float32 activations and products, slow. ``context``: the most tokens of a
+    text, at most the model's; by default the model's on the CPU, where the cache grows as needed, and on a GPU as many
+    of at most 8192 as fit its memory. ``strict`` refuses kernels that are not the fast path, and a GPU that is there
+    and not used. ``threads`` is torch's number of threads, for the whole process.
     """
 
     device: Literal["auto", "cpu", "cuda"]
