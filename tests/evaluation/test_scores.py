@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lbq.evaluation.scores import ROWS, Positions, Scorer, estimate, summarize
+from lbq.evaluation.scores import ROWS, KlScorer, Positions, Scorer, divergence, estimate, summarize
 from lbq.formats.quality import Scores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,7 +27,7 @@ def logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def found(logits: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Positions:
-    scorer = Scorer()
+    scorer = Scorer(len(logits[2]))
     scorer.add(*logits)
     return scorer.positions()
 
@@ -45,6 +45,30 @@ def test_every_position(logits: tuple[torch.Tensor, torch.Tensor, torch.Tensor])
         assert got.reference_nll[i] == pytest.approx(-math.log(p[following[i]]), rel=1e-10)
         assert got.artifact_nll[i] == pytest.approx(-math.log(q[following[i]]), rel=1e-10)
     assert 0 < got.same_top1.sum() < T
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 10.0, 100.0, 1e4])
+def test_divergences_in_float32(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in float64, small or large; 1e4 makes probabilities vanish in float32."""
+    random = torch.Generator().manual_seed(4)
+    reference = torch.randn(T, 1000, generator=random) * max(4, scale)
+    artifact = reference + torch.randn(T, 1000, generator=random) * scale + 3
+    p, q = (rows.double().log_softmax(-1) for rows in (reference, artifact))
+    expected = (p.exp() * (p - q)).sum(-1)
+    monkeypatch.setattr("lbq.evaluation.scores.ELEMENTS", 7000)
+    scorer = KlScorer(T)
+    half = T // 2
+    for part in (slice(half), slice(half, T)):
+        scorer.add(reference[part], artifact[part], torch.zeros(0))
+    np.testing.assert_allclose(scorer.kl(), expected, rtol=1e-3, atol=1e-12)
+    assert scorer.kl().mean() == pytest.approx(float(expected.mean()), rel=1e-5)
+
+
+def test_a_divergence_that_float32_would_miss() -> None:
+    """All of q lies where p is 0 in float32."""
+    reference, artifact = torch.tensor([[0.0, -200.0]]), torch.tensor([[0.0, 200.0]])
+    assert float(divergence(reference, artifact)) == pytest.approx(200)
+    assert float(divergence(reference, reference + 7)) == 0
 
 
 def test_equal_logits_cost_nothing(logits: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:

@@ -91,7 +91,7 @@ def test_scores_are_those_of_whole_models(checkpoints: Mapping[str, Path], famil
     path = convert(checkpoints[family], tmp_path / "out", group=32, device="cpu").path
     with open_original(resolve(checkpoints[family])) as original, open_artifact(path) as artifact:
         windows = cut(original)
-        scorer = Scorer()
+        scorer = Scorer(windows.positions)
         engines = [DecoderEngine(bind(weights, CPU).decoder, 64) for weights in (original, artifact)]
         half = slice(windows.first - 1, -1)
         for ids in windows:

@@ -4,6 +4,7 @@
     summarize(found[0], len(windows))  # → formats.quality.Scores
 
     Side(name: str, weights: Weights, own: frozenset[int] | None = None)
+    read(teacher, students, windows, device, collectors, …)  # the same with collectors of one's own, one a student
     stream(teacher: Side, students: Sequence[Side], windows: Windows, device: Device, *,
            on_progress: (done, total) → None, hidden_bytes: int) → tuple[Positions, ...]  # one a student, in order
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -65,6 +67,14 @@ class Side:
         return self.own is None or i in self.own
 
 
+class Collector(Protocol):
+    """What becomes of logits: a :class:`Scorer`, or anything else that reads them."""
+
+    def add(self, reference: torch.Tensor, artifact: torch.Tensor, following: torch.Tensor) -> None:
+        """The teacher's logits and the student's, [T, V] on one device, and the tokens that follow, int64 [T]."""
+        ...
+
+
 def stream(
     teacher: Side,
     students: Sequence[Side],
@@ -79,15 +89,29 @@ def stream(
     Activations are float32, and ``device`` should be exact: then weights alone make a difference. Raises DataError for
     sides of different shapes and for logits that are not finite.
     """
+    scorers = [Scorer(windows.positions) for _ in students]
+    read(teacher, students, windows, device, scorers, on_progress=on_progress, hidden_bytes=hidden_bytes)
+    return tuple(scorer.positions() for scorer in scorers)
+
+
+def read(
+    teacher: Side,
+    students: Sequence[Side],
+    windows: Windows,
+    device: Device,
+    collectors: Sequence[Collector],
+    *,
+    on_progress: OnProgress | None = None,
+    hidden_bytes: int = HIDDEN_BYTES,
+) -> None:
+    """As :func:`stream`, but the logits at predicted positions go to ``collectors``, one a student."""
     check_alike(teacher, *students)
     spec = teacher.weights.spec
-    scorers = [Scorer() for _ in students]
     progress = _Progress(teacher, students, len(windows), on_progress)
     each = (1 + len(students)) * windows.context * spec.hidden_size * 4
     ids = torch.tensor(list(windows))
     for some in ids.split(max(1, hidden_bytes // each)):
-        _Pass(teacher, students, some, device, progress).run(scorers, windows.first)
-    return tuple(scorer.positions() for scorer in scorers)
+        _Pass(teacher, students, some, device, progress).run(collectors, windows.first)
 
 
 def check_alike(teacher: Side, *students: Side) -> None:
@@ -176,20 +200,20 @@ class _Pass:
         self._ids, self._progress = ids, progress
 
     @torch.inference_mode()
-    def run(self, scorers: Sequence[Scorer], first: int) -> None:
-        """All layers, then the scores of the positions that predict token ``first`` of a window and those behind."""
+    def run(self, collectors: Sequence[Collector], first: int) -> None:
+        """All layers, then the logits at the positions that predict token ``first`` of a window and those behind."""
         self._teacher.embed(self._ids)
         for i in range(self._teacher.side.layers):
             self._layer(i)
         self._begin(self._teacher.side.layers)
-        pairs = list(zip(self._students, scorers, strict=True))
+        pairs = list(zip(self._students, collectors, strict=True))
         expected = self._teacher.head()
         sharing = [pair for pair in pairs if not pair[0].side.owns(pair[0].side.layers)]
         if sharing:
             self._score(expected, expected, sharing, first)
-        for student, scorer in pairs:
+        for student, collector in pairs:
             if student.side.owns(student.side.layers):
-                self._score(expected, student.head(), [(student, scorer)], first)
+                self._score(expected, student.head(), [(student, collector)], first)
                 student.binder.release_head()
         del expected
         self._teacher.binder.release_head()
@@ -221,13 +245,13 @@ class _Pass:
         del layer
         owner.binder.release_layer(i)
 
-    def _score(self, expected: Head, head: Head, pairs: Sequence[tuple[_Reader, Scorer]], first: int) -> None:
+    def _score(self, expected: Head, head: Head, pairs: Sequence[tuple[_Reader, Collector]], first: int) -> None:
         """Students behind one head; the logits after token i predict token i + 1."""
         for window, ids in enumerate(self._ids):
             for start in range(first - 1, len(ids) - 1, BLOCK):
                 stop = min(start + BLOCK, len(ids) - 1)
                 reference = self._teacher.logits(expected, window, start, stop)
                 following = ids[start + 1 : stop + 1].to(reference.device)
-                for student, scorer in pairs:
-                    scorer.add(reference, student.logits(head, window, start, stop), following)
+                for student, collector in pairs:
+                    collector.add(reference, student.logits(head, window, start, stop), following)
             self._progress.step(self._progress.logits * (1 + len(pairs)))
