@@ -88,7 +88,7 @@ class Sensitivity(Part, frozen=True):
 
     modules: tuple[Name, ...]  # of the unit
     bits: int
-    group: int | None  # as asked for; None: a scale a row
+    group: int | None  # that was searched; None: a scale a row
     nbytes: int  # codes and scales of the unit
     kl: Estimate
 

@@ -40,6 +40,11 @@ class Quantize:
         """The tensors that are written."""
         return packed_tensors(self.module, self.entry)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Codes and scales."""
+        return sum(tensor.nbytes for tensor in self.outputs()[:2])
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -93,7 +98,7 @@ class Plan:
         """Codes and scales of the quantised weights, in bits a weight."""
         steps = [s for s in self.steps if isinstance(s, Quantize)]
         weights = sum(s.entry.n * s.entry.k for s in steps)
-        return 8 * sum(t.nbytes for s in steps for t in s.outputs()[:2]) / weights
+        return 8 * sum(s.packed_bytes for s in steps) / weights
 
 
 def make_plan(
