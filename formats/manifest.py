@@ -80,6 +80,8 @@ class Summary(Part, frozen=True):
     cosine: float
     worst_cosine: float
     relative_error: float
+    kl: float | None = None  # mean divergence from the source's distributions in nats, where the report measured it
+    same_top1: float | None = None  # likewise, the share of positions with the source's most probable token
 
 
 class Manifest(Part, frozen=True):

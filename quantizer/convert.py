@@ -19,6 +19,7 @@ from lbq.formats.disk import FileEntry, check_plain_name, require_space
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.manifest import MANIFEST, REPORT, Manifest, Method
 from lbq.formats.packing import PackedWeight
+from lbq.formats.quality import Quality
 from lbq.formats.report import ModuleReport, Report
 from lbq.formats.safetensors_file import INDEX, Checkpoint, open_checkpoint
 from lbq.formats.spec import ModelSpec
@@ -36,6 +37,7 @@ from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, resolve
 SPARE_BYTES = 64 << 20  # small files and headers, on top of the tensors
 
 OnProgress = Callable[[str, int], None]  # name of the tensor, bytes of the source that were consumed
+Measure = Callable[[Path], Quality]  # what a whole artifact's report gets, see write_artifact
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,13 @@ def write_artifact(
     *,
     overwrite: bool = False,
     device: str = "auto",
+    measure: Measure | None = None,
     on_progress: OnProgress | None = None,
 ) -> Conversion:
     """Convert into the folder ``out``, which appears whole or not at all.
+
+    ``measure`` is called once with a folder that is the artifact in all but its name, before it appears as ``out``;
+    what it returns becomes part of the report, and what it raises leaves no artifact.
 
     ``device`` is ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``. Raises BusyError if somebody else converts
     into ``out``, StorageError for the disk, DataError for a weight that cannot be quantised, UsageError and DeviceError
@@ -179,7 +185,7 @@ def write_artifact(
         except torch.OutOfMemoryError:
             raise DeviceError(f"device {on_device}: out of memory; free some or convert with --device cpu") from None
         report = Report(reports.VERSION, tuple(modules), plan.notes)
-        for name, data in (*small.items(), (REPORT, json_file.encode(report))):
+        for name, data in small.items():
             files[name] = stage.add_file(name, data)
         manifest = Manifest(
             lbq_format=manifests.VERSION,
@@ -191,11 +197,26 @@ def write_artifact(
             tools={"lbq": __version__, "torch": str(torch.__version__)},
             summary=totals.summary(plan.bits_per_weight),
             notes=plan.notes,
-            files=dict(sorted(files.items())),
+            files=files,
         )
-        stage.add_file(MANIFEST, json_file.encode(manifest))
+        manifest = _seal(stage, manifest, report)
+        if measure is not None:
+            quality = measure(stage.folder)
+            report = msgspec.structs.replace(report, quality=quality)
+            summary = msgspec.structs.replace(
+                manifest.summary, kl=quality.scores.kl.mean, same_top1=quality.scores.same_top1.mean
+            )
+            manifest = _seal(stage, msgspec.structs.replace(manifest, summary=summary), report)
         stage.commit()
     return Conversion(out, manifest, report)
+
+
+def _seal(stage: StagedFolder, manifest: Manifest, report: Report) -> Manifest:
+    """Write report and manifest, which make the other files of the folder an artifact."""
+    files = manifest.files | {REPORT: stage.add_file(REPORT, json_file.encode(report))}
+    manifest = msgspec.structs.replace(manifest, files=dict(sorted(files.items())))
+    stage.add_file(MANIFEST, json_file.encode(manifest))
+    return manifest
 
 
 def _find_device(name: str) -> torch.device:

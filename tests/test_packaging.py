@@ -32,7 +32,7 @@ def modules() -> set[str]:
         for path in folder.rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    return {name for name in found if name.endswith((".py", "py.typed"))}
+    return {name for name in found if name.endswith((".py", "py.typed", ".txt"))}
 
 
 def test_wheel(dist: Path) -> None:
@@ -53,7 +53,14 @@ def test_wheel(dist: Path) -> None:
 
 def test_the_parts_of_the_package() -> None:
     names = modules()
-    for name in ("formats/spec.py", "quantizer/convert.py", "runtime/model.py", "cli/__init__.py", "py.typed"):
+    for name in (
+        "formats/spec.py",
+        "quantizer/convert.py",
+        "runtime/model.py",
+        "cli/__init__.py",
+        "py.typed",
+        "evaluation/english.txt",
+    ):
         assert f"lbq/{name}" in names
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lbq.cli.display import Size, note, pattern, print_json, progress, size, table
+from lbq.cli.display import Size, note, pattern, plain, print_json, progress, size, steps, table
 from lbq.cli.options import Wish, quantization_options
+from lbq.cli.quality import score_rows, text_line
 from lbq.formats.disk import readable
 
 if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq run`
+    from lbq.evaluation.report import ReportRequest
+    from lbq.formats.quality import Quality
     from lbq.quantizer.convert import Conversion, Prepared
+
+REPORT_HELP = "weights: their errors; kl: also what became of the model's next tokens, measured on a text."
 
 
 @click.command()
@@ -20,6 +26,9 @@ if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq ru
 @quantization_options()
 @click.option("--for", "readers", metavar="TOOLS", help="vllm,sglang: store groups that their fast kernels take.")
 @click.option("--out", type=click.Path(path_type=Path), help="The artifact's folder.  [./NAME-int4-g256]")
+@click.option("--report", type=click.Choice(["weights", "kl"]), default="weights", show_default=True, help=REPORT_HELP)
+@click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text for --report kl.  [English prose]")
+@click.option("--report-tokens", type=int, help="The most tokens of that text.  [4096]")
 @click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Say what would be written, from headers alone.")
@@ -31,8 +40,11 @@ def convert(
     wish: Wish,
     readers: str | None,
     out: Path | None,
+    report: Literal["weights", "kl"],
+    text: Path | None,
+    report_tokens: int | None,
     max_shard_bytes: int,
-    device: str,
+    device: Literal["auto", "cpu", "cuda"],
     dry_run: bool,
     strict: bool,
     overwrite: bool,
@@ -42,9 +54,11 @@ def convert(
 
     A PATTERN names a layer by whole components of its name, as a shell glob: down_proj, layers.0, layers.[0-3].mlp.
     """
-    from lbq.quantizer.convert import check_output, prepare, write_artifact
+    from lbq.evaluation.report import ReportRequest
+    from lbq.quantizer.convert import check_output, prepare
     from lbq.quantizer.source import resolve
 
+    measured = ReportRequest(report, text, report_tokens)
     request = wish.request(
         readers=tuple(name.strip() for name in readers.split(",")) if readers else (),
         max_shard_bytes=max_shard_bytes,
@@ -55,14 +69,47 @@ def convert(
     source = resolve(model, wish.revision)
     prepared = prepare(source, request)
     target = out or Path(prepared.default_name())
-    for text in prepared.plan.notes:
-        note(text)
+    for line in prepared.plan.notes:
+        note(line)
     if dry_run:
         _print_plan(prepared, target, as_json)
         return
-    with progress("Converting", len(prepared.plan.steps), prepared.source_bytes) as bar:
-        done = write_artifact(prepared, target, overwrite=overwrite, device=device, on_progress=bar.advance)
-    _print_result(done, as_json)
+    done = _write(prepared, measured, target, overwrite=overwrite, device=device)
+    _print_result(done, model, as_json)
+
+
+def _write(
+    prepared: Prepared,
+    request: ReportRequest,
+    target: Path,
+    *,
+    overwrite: bool,
+    device: Literal["auto", "cpu", "cuda"],
+) -> Conversion:
+    """Convert, and measure: with one bar after the other."""
+    from lbq.evaluation.report import Measurement
+    from lbq.quantizer.convert import write_artifact
+
+    measurement = None if request.kind == "weights" else Measurement(request, prepared, device)
+    if measurement is not None and measurement.device.note:
+        note(measurement.device.note)
+    with ExitStack() as bars:
+        bar = bars.enter_context(progress("Converting", len(prepared.plan.steps), prepared.source_bytes))
+
+        def measure(folder: Path) -> Quality:
+            assert measurement is not None
+            bars.close()
+            with steps("Measuring") as advance:
+                return measurement.measure(folder, advance)
+
+        return write_artifact(
+            prepared,
+            target,
+            overwrite=overwrite,
+            device=device,
+            measure=measure if measurement else None,
+            on_progress=bar.advance,
+        )
 
 
 def _print_plan(prepared: Prepared, target: Path, as_json: bool) -> None:
@@ -103,11 +150,13 @@ def _print_plan(prepared: Prepared, target: Path, as_json: bool) -> None:
     )
 
 
-def _print_result(done: Conversion, as_json: bool) -> None:
-    manifest, summary = done.manifest, done.manifest.summary
+def _print_result(done: Conversion, model: str, as_json: bool) -> None:
+    manifest, summary, quality = done.manifest, done.manifest.summary, done.report.quality
     nbytes = sum(entry.size for entry in manifest.files.values())
     if as_json:
         result = {"path": readable(done.path), "bytes": nbytes, "summary": summary, "notes": manifest.notes}
+        if quality is not None:
+            result["quality"] = quality
         print_json(result)
         return
     worst = sorted(done.report.modules, key=lambda module: module.cosine)[:10]
@@ -130,5 +179,10 @@ def _print_result(done: Conversion, as_json: bool) -> None:
         f"{done.path}: {size(nbytes)}, {summary.bits_per_weight:.2f} bits a quantized weight; "
         f"weight cosine {summary.cosine:.5f}, error {summary.relative_error:.2%}"
     )
+    if quality is not None:
+        table("Against the original", ("measure", "value"), score_rows(quality.scores))
+        click.echo(plain(text_line(quality.text)))
     if "tokenizer.json" in manifest.files:
+        if quality is None:
+            click.echo(f"What it cost: lbq eval {done.path} --against {model}")
         click.echo(f"Run it: lbq run {done.path}")

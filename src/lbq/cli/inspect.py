@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from lbq.cli.display import note, pattern, plain, size, table
+from lbq.cli.quality import perplexities, text_line, with_error
 
 if TYPE_CHECKING:
     from lbq.formats.manifest import Manifest
+    from lbq.formats.quality import Quality
 
 
 @click.command()
@@ -21,14 +23,19 @@ def inspect(artifact: Path, layers: bool, as_json: bool) -> None:
     """Show what ARTIFACT is, how it was made and what it cost, from its headers alone."""
     from lbq.formats import json_file
     from lbq.formats.artifact import open_artifact
+    from lbq.formats.report import report_of
 
     with open_artifact(artifact) as opened:
         manifest = opened.manifest
     if as_json:
         click.echo(json_file.encode(manifest), nl=False)
         return
+    report = report_of(artifact, manifest)
     _print_head(artifact, manifest)
-    _print_tensors(artifact, manifest, layers)
+    if report.quality is not None:
+        _print_quality(report.quality)
+    click.echo()
+    _print_tensors(manifest, {module.name: module.cosine for module in report.modules}, layers)
     for text in manifest.notes:
         note(text)
 
@@ -52,13 +59,18 @@ def _print_head(artifact: Path, manifest: Manifest) -> None:
         f"quality  weight cosine {summary.cosine:.5f} (worst layer {summary.worst_cosine:.5f}), "
         f"error {summary.relative_error:.2%}, {summary.bits_per_weight:.2f} bits a quantized weight"
     )
-    click.echo()
 
 
-def _print_tensors(artifact: Path, manifest: Manifest, layers: bool) -> None:
-    from lbq.formats.report import report_of
+def _print_quality(quality: Quality) -> None:
+    scores = quality.scores
+    click.echo(
+        f"         KL divergence {with_error(scores.kl, '{:.5f}')}, same top-1 token "
+        f"{with_error(scores.same_top1, '{:.2%}')}, perplexity {perplexities(scores)}"
+    )
+    click.echo(plain(f"         {text_line(quality.text)}"))
 
-    cosines = {m.name: m.cosine for m in report_of(artifact, manifest).modules}
+
+def _print_tensors(manifest: Manifest, cosines: dict[str, float], layers: bool) -> None:
     rows: dict[tuple[str, ...], list[float]] = {}
     for name, entry in manifest.quantized.items():
         group = "row" if entry.group == entry.k else str(entry.group)

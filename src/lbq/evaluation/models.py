@@ -50,9 +50,10 @@ def windows_of(file: TextFile, models: Sequence[Model], context: int | None, max
     return cut(file, [_tokenizer(model) for model in models], context, max_tokens)
 
 
-def text_of(file: TextFile, windows: Windows) -> Text:
-    """What a report says of the text that was read."""
-    return Text(readable(file.path), file.sha256, len(windows.ids), windows.context, len(windows), windows.positions)
+def text_of(file: TextFile, windows: Windows, path: Path | str | None = None) -> Text:
+    """What a report says of the text that was read; ``path`` is what it calls the file, if not by its path."""
+    name = readable(file.path if path is None else path)
+    return Text(name, file.sha256, len(windows.ids), windows.context, len(windows), windows.positions)
 
 
 def _tokenizer(model: Model) -> Tokenizer:

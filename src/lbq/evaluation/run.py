@@ -10,7 +10,7 @@ from typing import Literal
 from lbq.evaluation.models import open_model, text_of, windows_of
 from lbq.evaluation.scores import summarize
 from lbq.evaluation.stream import OnProgress, Side, check_alike, stream
-from lbq.evaluation.windows import read_text
+from lbq.evaluation.windows import BUNDLED_TOKENS, bundled_text, read_text
 from lbq.formats.artifact import Artifact, open_artifact
 from lbq.formats.disk import readable
 from lbq.formats.quality import EVALUATION_VERSION, Evaluation, Weights
@@ -23,7 +23,7 @@ OnNote = Callable[[str], None]
 def evaluate(
     artifact: Path | str,
     reference: Path | str,
-    text: Path | str,
+    text: Path | str | None = None,
     *,
     context: int | None = None,
     max_tokens: int | None = None,
@@ -34,10 +34,10 @@ def evaluate(
 ) -> Evaluation:
     """Compare ``artifact`` with ``reference`` (a checkpoint's folder, a Hub id or another artifact) on a text file.
 
-    ``context`` is the length of a window, by default 512 or what the models were made for; ``max_tokens`` bounds the
-    text. Both run layer by layer in float32, so that the weights alone differ. ``threads`` is torch's number of them,
-    for the whole process. ``on_note`` hears of what differs from what one would expect, before the work; the result has
-    it too.
+    ``text`` is by default the one that ships with lbq. ``context`` is the length of a window, by default 512 or what
+    the models were made for; ``max_tokens`` bounds the text, by default to all of it, or 4096 of lbq's. Both models run
+    layer by layer in float32, so that the weights alone differ. ``threads`` is torch's number of them, for the whole
+    process. ``on_note`` hears of what differs from what one would expect, before the work; the result has it too.
 
     Raises UsageError for arguments, StorageError and DataError for files and for models that cannot be compared,
     RemoteError for the Hub, DeviceError for the device.
@@ -45,7 +45,9 @@ def evaluate(
     if threads is not None:
         set_threads(threads)
     where = find_device(device, exact=True)
-    file = read_text(Path(text))
+    file = bundled_text() if text is None else read_text(Path(text))
+    if text is None and max_tokens is None:
+        max_tokens = BUNDLED_TOKENS
     with ExitStack() as stack:
         student = stack.enter_context(open_artifact(artifact))
         teacher = open_model(reference)

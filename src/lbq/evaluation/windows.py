@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lbq.formats.errors import DataError, UsageError
@@ -12,6 +12,7 @@ from lbq.formats.json_file import read_bytes
 from lbq.runtime.text.tokenizer import Tokenizer
 
 CHARACTERS = 16  # of text a token wanted, at first: prose has about 4
+BUNDLED_TOKENS = 4096  # of the text that ships with lbq, if nobody says how many
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,15 @@ def read_text(path: Path) -> TextFile:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; --text takes plain text") from None
 
 
+def bundled_text() -> TextFile:
+    """The English text that ships with lbq, for whoever gives none: about 20,000 tokens.
+
+    Excerpts of State of the Union addresses and of Moby-Dick, in the public domain (``scripts/make_report_text.py``).
+    """
+    file = read_text(Path(__file__).with_name("english.txt"))
+    return replace(file, path=Path("lbq:english.txt"))
+
+
 def cut(file: TextFile, tokenizers: Sequence[Tokenizer], context: int, max_tokens: int | None) -> Windows:
     """Whole windows from the start of the text, ``max_tokens`` tokens at most; what is left over is not used.
 
@@ -78,12 +88,12 @@ def cut(file: TextFile, tokenizers: Sequence[Tokenizer], context: int, max_token
     if step <= context // 2:
         raise UsageError(f"context {context}: too short, the tokenizer begins texts with {len(prefix)} tokens")
     if max_tokens is not None and max_tokens < step:
-        raise UsageError(f"{max_tokens} tokens at most: a window has {step}; raise --max-tokens or lower --context")
+        raise UsageError(f"{max_tokens} tokens at most: a window has {step}; take more tokens or a shorter context")
     ids = _encode(tokenizer, file.text, max_tokens)
     if any(prefix != _prefix(other) or ids != _encode(other, file.text, max_tokens) for other in others):
         raise DataError(f"{file.path}: the models' tokenizers make different tokens of it; compare like with like")
     if len(ids) < step:
-        what = f"{len(ids)} tokens, and a window takes {step}; give a longer text or lower --context"
+        what = f"{len(ids)} tokens, and a window takes {step}; give a longer text or a shorter context"
         raise DataError(f"{file.path}: {what if ids else 'the text is empty'}")
     return Windows(prefix, ids[: len(ids) // step * step], context)
 
