@@ -7,7 +7,7 @@ What differs from the request is a note; a note is said on the screen, kept in r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -24,6 +24,7 @@ from lbq.formats.spec import ModelSpec, Projection
 from lbq.quantizer.request import DEFAULT_GROUP, READERS_GROUP, Request, matches, mixed_scheme
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIFFERS = "the config ties the head to the embedding, the checkpoint saves another: the saved one is used"
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every reader recomputes
 
 
@@ -217,7 +218,7 @@ def _untie(spec: ModelSpec, schemes: Mapping[str, Scheme | None], head_differs: 
     if not spec.tied:
         return spec
     if head_differs:
-        notes.append("the config ties the head to the embedding, the checkpoint saves another: the saved one is used")
+        notes.append(HEAD_DIFFERS)
     elif schemes[spec.head.name] is None:
         return spec
     return msgspec.structs.replace(spec, tied=False)
@@ -227,7 +228,7 @@ def _quantize(
     checkpoint: Checkpoint, projection: Projection, source: str, scheme: Scheme, readers: tuple[str, ...]
 ) -> Quantize:
     n, k = projection.out_features, projection.in_features
-    _check_source(checkpoint, source, (n, k))
+    check_source(checkpoint, source, (n, k))
     group = effective_group(k, scheme.group)
     stored = min(group, READERS_GROUP) if group and readers else group
     return Quantize(projection.name, source, group or k, QuantizedModule(n, k, scheme.bits, stored or k))
@@ -252,11 +253,12 @@ def _layers(count: int) -> str:
 
 
 def _keep(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str | None = None) -> Keep:
-    _check_source(checkpoint, source or name, shape)
+    check_source(checkpoint, source or name, shape)
     return Keep(name, source or name, shape)
 
 
-def _check_source(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+def check_source(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    """Raise DataError unless a tensor has this shape and floats that can be converted."""
     info = checkpoint.info(name)
     if tuple(info.shape) != shape:
         raise DataError(f"{checkpoint.folder}: {name} is {list(info.shape)}, the config says {list(shape)}")
@@ -271,11 +273,17 @@ def _check_names(spec: ModelSpec, checkpoint: Checkpoint, tied_source: bool) -> 
         needed.add(f"{projection.name}.weight")
         if projection.bias:
             needed.add(f"{projection.name}.bias")
-    head = f"{spec.head.name}.weight"  # may be saved although it is tied
+    spare = {f"{spec.head.name}.weight"} if tied_source else set()  # may be saved although it is tied
+    check_names(checkpoint, needed - spare, spare)
+
+
+def check_names(checkpoint: Checkpoint, needed: Set[str], spare: Set[str] = frozenset()) -> None:
+    """Raise DataError unless the checkpoint holds the ``needed`` tensors, and no other but ``spare`` ones and those
+    known to be of no use."""
     present = {name for name in checkpoint.names() if not name.endswith(IGNORED_SUFFIXES)}
-    if missing := needed - present - ({head} if tied_source else set()):
+    if missing := needed - present:
         raise DataError(f"{checkpoint.folder}: tensors missing: {listed(sorted(missing))}; fetch the checkpoint again")
-    if unknown := present - needed:
+    if unknown := present - needed - spare:
         raise DataError(f"{checkpoint.folder}: tensors that this architecture does not have: {listed(sorted(unknown))}")
 
 

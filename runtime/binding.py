@@ -40,7 +40,10 @@ class Weights(Protocol):
         ...
 
     def dense(self, name: str) -> torch.Tensor:
-        """A tensor by its full name: bfloat16, [N, K] for a matrix, [N] for a bias or a norm."""
+        """A tensor by its full name: bfloat16, [N, K] for a matrix, [N] for a bias or a norm.
+
+        Float32 too where the kernels are exact: what another tool's codes stand for may fit nothing shorter.
+        """
         ...
 
     def release(self, module: str) -> None:
@@ -63,7 +66,7 @@ class Kernels(Protocol):
         ...
 
     def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """From a BF16 matrix [N, K]."""
+        """From a BF16 matrix [N, K], or a float32 one where the device is exact."""
         ...
 
 

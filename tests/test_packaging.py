@@ -70,6 +70,8 @@ def test_sdist(dist: Path) -> None:
         members = archive.getmembers()
     names = {member.name.partition("/")[2] for member in members}
     assert {"pyproject.toml", "README.md", "LICENSE", "quantizer/rtn.py", "src/lbq/py.typed"} <= names
-    assert not [name for name in names if name.endswith((".safetensors", ".pyc", ".whl"))]
+    assert not [name for name in names if name.endswith((".pyc", ".whl"))]
+    weights = {str(Path(name).parent) for name in names if name.endswith(".safetensors")}
+    assert weights == {"tests/quantizer/foreign/gptqmodel"}  # a few layers of a tiny model
     assert not [name for name in names if name.startswith(("src/lbq/quantizer", "models", ".venv"))]
     assert sum(member.size for member in members) < 5 << 20

@@ -10,12 +10,16 @@ from lbq.formats import json_file
 from lbq.formats.errors import DataError
 from lbq.quantizer.families.llama import ARCHITECTURES, Adapted, adapt
 
-__all__ = ["Adapted", "read_spec", "supported"]
+__all__ = ["Adapted", "read_quantized", "read_spec", "supported"]
 
 
 class _Head(msgspec.Struct):
     architectures: list[str] | None = None
     quantization_config: dict[str, object] | None = None
+
+
+class _Quantization(msgspec.Struct):
+    quantization_config: msgspec.Raw = msgspec.Raw(b"null")
 
 
 def supported() -> tuple[str, ...]:
@@ -29,6 +33,22 @@ def read_spec(folder: Path) -> Adapted:
     Raises DataError for a missing or malformed config, an architecture that is not supported, a value without a
     meaning here, or a checkpoint that is quantized already.
     """
+    path, data, head = _read(folder)
+    if head.quantization_config:
+        method = head.quantization_config.get("quant_method", "unknown")
+        raise DataError(f"{path}: the checkpoint is already quantized ({method}); convert the original BF16 weights")
+    return _adapt(path, data, head)
+
+
+def read_quantized(folder: Path) -> tuple[Adapted, bytes | None]:
+    """:func:`read_spec` for what may be quantized already, and the JSON of its ``quantization_config`` if it is."""
+    path, data, head = _read(folder)
+    adapted = _adapt(path, data, head)
+    settings = bytes(json_file.decode(data, _Quantization, path).quantization_config)
+    return adapted, settings if head.quantization_config else None
+
+
+def _read(folder: Path) -> tuple[Path, bytes, _Head]:
     path = folder / "config.json"
     if not path.is_file():
         raise DataError(f"{folder}: no config.json: this is not a Hugging Face checkpoint")
@@ -38,10 +58,12 @@ def read_spec(folder: Path) -> Adapted:
     if len(names) != 1 or names[0] not in ARCHITECTURES:
         what = ", ".join(names) or "none named"
         raise DataError(f"{path}: architecture {what} is not supported; supported are {', '.join(supported())}")
-    if head.quantization_config:
-        method = head.quantization_config.get("quant_method", "unknown")
-        raise DataError(f"{path}: the checkpoint is already quantized ({method}); convert the original BF16 weights")
+    return path, data, head
+
+
+def _adapt(path: Path, data: bytes, head: _Head) -> Adapted:
+    assert head.architectures is not None
     try:
-        return adapt(names[0], data, path)
+        return adapt(head.architectures[0], data, path)
     except ValueError as error:  # the spec's own checks
         raise DataError(f"{path}: {error}") from None

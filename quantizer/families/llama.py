@@ -127,7 +127,7 @@ class Config(msgspec.Struct, frozen=True):
     use_sliding_window: bool = False
     max_window_layers: int = 28
     layer_types: tuple[str, ...] | None = None
-    quantization_config: None = None  # read_spec refuses another
+    quantization_config: dict[str, object] | None = None  # not of the model: its readers are elsewhere
     use_mrope: bool = False
 
 

@@ -58,20 +58,21 @@ class CudaLinear:
 class DenseCudaLinear:
     """y = x · Wᵀ + bias on BF16 weights [N, K]: float32 [M, K] → float32 [M, N].
 
-    Up to 16 tokens in float32, more on tensor cores with 16-bit activations; ``exact`` as for :class:`CudaLinear`.
+    Up to 16 tokens in float32, more on tensor cores with 16-bit activations; ``exact`` as for :class:`CudaLinear`, and
+    it takes float32 weights too.
     """
 
     fallback: str | None = None
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, exact: bool = False) -> None:
         assert weight.dim() == 2
-        assert weight.dtype == torch.bfloat16
+        assert weight.dtype == torch.bfloat16 or (exact and weight.dtype == torch.float32)
         self._weight = weight.contiguous()
         self._bias = _checked_bias(bias, weight.shape[0], weight.device)
         self._exact = exact
         self.n, self.k = weight.shape
         self.resident_bytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
-        self.kernel = "BF16 as float32, float32 matmul" if exact else "Triton BF16 GEMV, prompts by BF16 matmul"
+        self.kernel = "float32 matmul" if exact else "Triton BF16 GEMV, prompts by BF16 matmul"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         assert x.dim() == 2

@@ -23,11 +23,11 @@ class DenseLinear:
     """y = x · Wᵀ + bias for a bfloat16 ``weight`` [N, K] that stays 16-bit, and a float32 ``bias`` [N].
 
     FBGEMM's copy holds no reference to ``weight``. ``exact``, or a torch without FBGEMM, keeps it mapped and makes
-    float32 tiles of it for every call.
+    float32 tiles of it for every call; ``exact`` takes a float32 ``weight`` too.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, exact: bool = False) -> None:
-        assert weight.dtype == torch.bfloat16
+        assert weight.dtype == torch.bfloat16 or (exact and weight.dtype == torch.float32)
         assert weight.dim() == 2
         self.n, self.k = weight.shape
         check_bias(bias, self.n)
@@ -35,8 +35,9 @@ class DenseLinear:
         self._mapped: torch.Tensor | None = None
         self.fallback = None if exact else missing_fbgemm()
         if exact or self.fallback:
-            self.kernel = "float32 tiles of the mapped BF16 file (CPU)"
-            self.resident_bytes = 0
+            mapped = weight.dtype == torch.bfloat16
+            self.kernel = "float32 tiles of the mapped BF16 file (CPU)" if mapped else "float32 weights (CPU)"
+            self.resident_bytes = 0 if mapped else weight.nbytes
             self._mapped = weight
         else:
             self.kernel = "FBGEMM fp16 weights, float32 sums (CPU)"

@@ -229,6 +229,16 @@ def test_dense_matches_float64(n: int, k: int, exact: bool) -> None:
     check(DenseLinear(weight, exact=exact)(x), x, weight)
 
 
+def test_exact_takes_float32_weights_as_they_are() -> None:
+    weight, x = torch.randn(37, 576) * 0.02, make_input(3, 576)
+    linear = DenseLinear(weight, exact=True)
+    check(linear(x), x, weight)
+    assert not torch.equal(linear(x), DenseLinear(weight.bfloat16(), exact=True)(x))
+    assert linear.resident_bytes == weight.nbytes
+    with pytest.raises(AssertionError):
+        DenseLinear(weight)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-7, 1.0, 1e6, 1e30])
 def test_dense_survives_what_fp16_cannot_hold(size: float) -> None:
     weight = (torch.randn(16, 64).clamp(-4, 4) * size).bfloat16()

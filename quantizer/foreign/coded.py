@@ -1,0 +1,86 @@
+"""A quantised matrix as other tools store one: zero points, act-order, scales that lbq's own format does not hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lbq.formats.packing import BITS, GROUPS, SCALE_DTYPE, PackedWeight, pack, unpack
+
+BLOCK = 1 << 21  # weights dequantised at a time: bounds the float32 temporaries
+
+
+@dataclass(frozen=True)
+class NoImage:
+    """lbq's format has no exact image of a matrix, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coded:
+    """W[n, k] = scales[n, j] · (codes[n, k] − zeros[n, j]) where j is ``columns[k]``, by default k // group.
+
+    ``codes`` are unsigned, uint8 [N, K]; ``scales`` and ``zeros`` are [N, G], the first finite floats of any width,
+    the second int16, None standing for 2^(bits−1) everywhere. The last group may be shorter than the others.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bits: int
+    group: int
+    columns: torch.Tensor | None = None  # int64 [K], below G
+
+    def __post_init__(self) -> None:
+        n, k = self.codes.shape
+        assert self.codes.dtype == torch.uint8
+        assert self.scales.shape == (n, -(-k // self.group))
+        assert self.zeros is None or self.zeros.shape == self.scales.shape
+        assert self.columns is None or self.columns.shape == (k,)
+
+    def dequantize(self) -> torch.Tensor:
+        """The matrix, float32 [N, K]: exact for scales of up to 16 bits."""
+        n, k = self.codes.shape
+        out = torch.empty(n, k, dtype=torch.float32)
+        columns = self._columns()
+        rows = max(1, BLOCK // k)
+        for at in range(0, n, rows):
+            part = slice(at, at + rows)
+            values = self.codes[part].to(torch.float32)
+            values -= 1 << (self.bits - 1) if self.zeros is None else self.zeros[part].to(torch.float32)[:, columns]
+            out[part] = values.mul_(self.scales[part].to(torch.float32)[:, columns])
+        return out
+
+    def image(self) -> PackedWeight | NoImage:
+        """The same matrix, weight by weight, in lbq's format; or why there is none."""
+        k = self.codes.shape[1]
+        scales = self.scales.to(SCALE_DTYPE)
+        middle = 1 << (self.bits - 1)
+        if self.bits not in BITS:
+            return NoImage(f"{self.bits} bits")
+        if self.zeros is not None and not bool((self.zeros == middle).all()):
+            return NoImage("asymmetric: zero points differ from the middle")
+        if self.columns is not None and not torch.equal(self.columns, torch.arange(k) // self.group):
+            return NoImage("act-order: groups are not of neighbours")
+        if k % self.group or (self.group != k and self.group not in GROUPS):
+            return NoImage(f"groups of {self.group} in {k} inputs")
+        if not torch.equal(scales.double(), self.scales.double()):
+            return NoImage(f"{_name(self.scales.dtype)} scales that BF16 does not hold")
+        return PackedWeight(pack(self.codes, self.bits), scales.contiguous(), self.bits, self.group, k)
+
+    def _columns(self) -> torch.Tensor:
+        return torch.arange(self.codes.shape[1]) // self.group if self.columns is None else self.columns
+
+
+def unpack_stream(words: torch.Tensor, bits: int, k: int) -> torch.Tensor:
+    """:func:`lbq.formats.packing.unpack`, for 2 bits too: int32 [N, ⌈K·bits/32⌉] to uint8 [N, K]."""
+    if bits != 2:
+        return unpack(words, bits, k)
+    stream = words.contiguous().view(torch.uint8)
+    return torch.stack([(stream >> shift) & 3 for shift in (0, 2, 4, 6)], dim=2).view(words.shape[0], -1)[:, :k]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
