@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import re
 import threading
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Self
 
 from lbq.formats.disk import FileEntry, hash_file, readable
-from lbq.formats.errors import RemoteError, StorageError, UsageError
+from lbq.formats.errors import DataError, UsageError
+from lbq.formats.manifest import MANIFEST
 from lbq.formats.safetensors_file import INDEX, SINGLE
 from lbq.formats.tokenizer_file import TOKENIZER, check_rows, load_tokenizer, vocabulary_rows
+from lbq.hub.client import OnNote, quiet
+from lbq.hub.names import find_model
+from lbq.hub.snapshot import Snapshot, open_snapshot
 
 # Files that travel with a model besides config.json and the weights.
 COMPANIONS = (
@@ -28,10 +31,8 @@ COMPANIONS = (
     "generation_config.json",
 )
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+CONFIG = "config.json"
 WEIGHTS = (SINGLE, "model-*.safetensors", INDEX)
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -52,36 +53,29 @@ class SourceFolder:
         return named + sorted(path for pattern in LEGAL for path in self.folder.glob(pattern) if path.is_file())
 
 
-def resolve(model: str | Path, revision: str | None = None) -> SourceFolder:
+def resolve(model: str | Path, revision: str | None = None, on_note: OnNote = quiet) -> SourceFolder:
     """Find a model: an existing folder, else a Hub id whose files are fetched into the standard cache.
 
-    Raises StorageError where there is no such folder and the name is no Hub id, RemoteError where the Hub fails.
+    ``revision`` is a branch, tag or commit of a Hub id, which may also end in ``@revision``. Raises StorageError where
+    there is no such folder and the name is no Hub id, RemoteError where the Hub fails, DataError for what it holds.
     """
-    path = Path(model)
-    if path.is_dir():
-        return SourceFolder(path, readable(path.resolve().name))
-    name = str(model)
-    if path.exists():
-        raise StorageError(f"{model}: not a folder; give the folder that holds config.json")
-    if not HUB_ID.fullmatch(name):
-        raise StorageError(f"{model}: no such folder, and not a Hub id (owner/name)")
-    return _download(name, revision)
+    found = find_model(model, revision)
+    if isinstance(found, Path):
+        return SourceFolder(found, readable(found.resolve().name))
+    return fetch_source(open_snapshot(found, on_note))
 
 
-def _download(name: str, revision: str | None) -> SourceFolder:
-    try:
-        from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
-    except ModuleNotFoundError:
-        raise UsageError(f"{name}: huggingface_hub is not installed; give a folder, or install lbq whole") from None
-    try:
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=["config.json", *WEIGHTS, *COMPANIONS, *LEGAL]
-        )
-    except Exception as error:  # the client raises its own, httpx's and OSError's kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        kind = StorageError if isinstance(error, OSError) and error.errno in DISK_FULL else RemoteError
-        raise kind(f"{name}: could not be fetched from the Hub: {reason}") from error
-    return SourceFolder(Path(folder), name, Path(folder).name)
+def fetch_source(snapshot: Snapshot) -> SourceFolder:
+    """Fetch what a conversion reads of a repository; errors as :func:`resolve`."""
+    if MANIFEST in snapshot.files:
+        raise UsageError(f"{snapshot.hub_id}: an artifact, quantized already; lbq run {snapshot.hub_id}")
+    if CONFIG not in snapshot.files:
+        raise DataError(f"{snapshot.hub_id}: not a checkpoint (no {CONFIG}); look at its files on the Hub")
+    folder = snapshot.fetch(CONFIG).parent
+    for name in sorted(snapshot.files):
+        if "/" not in name and any(fnmatchcase(name, pattern) for pattern in (*COMPANIONS, *LEGAL, *WEIGHTS)):
+            snapshot.fetch(name)
+    return SourceFolder(folder, snapshot.hub_id.name, snapshot.commit)
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:

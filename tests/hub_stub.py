@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -143,6 +144,10 @@ class Hub:
             server.server_close()
 
     # What tests see and do
+
+    def add_folder(self, name: str, folder: Path, **options: Any) -> str:
+        """:meth:`add` the files of a folder."""
+        return self.add(name, {path.name: path.read_bytes() for path in folder.iterdir()}, **options)
 
     def add(
         self,
@@ -266,7 +271,7 @@ class Hub:
                 "disabled": False,
                 "tags": [],
                 "cardData": kept.card or None,
-                "siblings": [{"rfilename": path} for path in sorted(commit.files)],
+                "siblings": [_sibling(path, content) for path, content in sorted(commit.files.items())],
             }
         )
 
@@ -453,6 +458,15 @@ def _tree_entry(path: str, content: bytes) -> dict[str, Any]:
     if is_large(path, content):
         entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
     return entry
+
+
+def _sibling(path: str, content: bytes) -> dict[str, Any]:
+    """A file as the info of a repository with ``blobs=true`` has it."""
+    entry = _tree_entry(path, content)
+    sibling = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
+    if lfs := entry.get("lfs"):
+        sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+    return sibling
 
 
 def _content(request: Request, content: bytes, **headers: str) -> Answer:

@@ -256,34 +256,6 @@ def test_errors_of_the_system(
     assert (done.code, done.err) == (code, says)
 
 
-def test_a_hub_that_fails(lbq: Lbq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def fail(name: str, **options: object) -> str:
-        assert (name, options["revision"]) == ("someone/model", "v1")
-        raise huggingface_hub.errors.LocalEntryNotFoundError("401 Client Error\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    done = lbq("convert", "someone/model", "--revision", "v1", "--out", tmp_path / "out")
-    assert done.code == 6
-    assert done.error == "someone/model: could not be fetched from the Hub: 401 Client Error more"
-
-
-def test_a_hub_that_answers(
-    checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    snapshot = tmp_path / "snapshots" / "0123abc"
-    snapshot.parent.mkdir()
-    snapshot.symlink_to(checkpoints["llama"])
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
-    monkeypatch.chdir(tmp_path)
-    assert lbq("convert", "someone/model", "--gs", "32").code == 0
-    source = read_manifest(tmp_path / "model-int4-g32").source
-    assert (source.name, source.revision) == ("someone/model", "0123abc")
-
-
 def test_closed_pipes(kept_artifact: Path) -> None:
     """Whoever reads the output may stop: no traceback, and the exit code of a closed pipe."""
     program = (
@@ -352,14 +324,6 @@ def test_a_checkpoint_without_a_tokenizer(make_checkpoint: Callable[..., Path], 
     assert done.err.startswith("note: no tokenizer.json")
     assert "Run it" not in done.out
     assert lbq("convert", source, "--gs", "32", "--out", tmp_path / "strict", "--strict").code == 2
-
-
-def test_outputs_are_refused_before_a_download(lbq: Lbq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # calling it would be a TypeError
-    (tmp_path / "thesis.txt").write_text("precious")
-    assert lbq("convert", "someone/model", "--out", tmp_path).code == 4
 
 
 @pytest.mark.parametrize("name", ["./typo", "../typo", "a/b/c", "typo"])

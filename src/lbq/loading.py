@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from lbq.formats.errors import UsageError
 from lbq.formats.manifest import MANIFEST
+from lbq.hub.artifacts import find_artifact
+from lbq.hub.client import OnNote, quiet
 from lbq.runtime.model import LoadSettings, Model, bind_now, open_model, open_weights
 
 if TYPE_CHECKING:  # an artifact loads without the quantizer
@@ -25,23 +27,23 @@ def load(
     keep: Sequence[str] = (),
     overrides: Sequence[str] = (),
     revision: str | None = None,
-    on_note: Callable[[str], None] | None = None,
+    on_note: OnNote | None = None,
     **settings: Unpack[LoadSettings],
 ) -> Model:
-    """Load the artifact in a folder; or, with ``bits``, a checkpoint (a folder or a Hub id) that is quantized now.
+    """Load an artifact; or, with ``bits``, a checkpoint that is quantized now. Both are folders or Hub ids.
 
     ``bits`` to ``revision`` are those of :func:`lbq.convert`, and the codes are those that it would write. The
     checkpoint is quantized tensor by tensor on the device: nothing is written, and memory holds the result and one
-    tensor. ``on_note`` hears of what differs from the request. ``settings``:
+    tensor. ``on_note`` hears of what differs from the request, and of the Hub. ``settings``:
     :class:`lbq.runtime.model.LoadSettings`.
 
     Raises StorageError and DataError for files, UsageError for arguments, RemoteError for the Hub, DeviceError for the
     device.
     """
     if bits is None:
-        if group is not None or lm_head is not None or keep or overrides or revision is not None:
-            raise UsageError("group, lm_head, keep, overrides and revision go with bits, which quantizes a checkpoint")
-        return bind_now(open_model(model, **settings))
+        if group is not None or lm_head is not None or keep or overrides:
+            raise UsageError("group, lm_head, keep and overrides go with bits, which quantizes a checkpoint")
+        return bind_now(open_model(find_artifact(model, revision, on_note=on_note or quiet), **settings))
     from lbq.quantizer.convert import prepare
     from lbq.quantizer.request import make_request
     from lbq.quantizer.source import resolve
@@ -49,7 +51,7 @@ def load(
     strict = settings.get("strict", False)
     request = make_request(bits, group, lm_head=lm_head, keep=keep, overrides=overrides, strict=strict)
     check_checkpoint(model)
-    prepared = prepare(resolve(model, revision), request)
+    prepared = prepare(resolve(model, revision, on_note or quiet), request)
     if on_note is not None:
         for text in prepared.plan.notes:
             on_note(text)

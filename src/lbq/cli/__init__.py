@@ -16,6 +16,7 @@ from lbq import __version__
 from lbq.cli.convert import convert
 from lbq.cli.display import plain
 from lbq.cli.evaluate import evaluate
+from lbq.cli.hub import pull
 from lbq.cli.inspect import inspect
 from lbq.cli.run import run
 from lbq.cli.verify import verify
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for command in (convert, inspect, verify, evaluate, run):
+for command in (convert, inspect, verify, evaluate, run, pull):
     cli.add_command(command)
 
 

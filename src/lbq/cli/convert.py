@@ -66,7 +66,7 @@ def convert(
     )
     if out is not None and not dry_run:
         check_output(model, out, overwrite=overwrite)
-    source = resolve(model, wish.revision)
+    source = resolve(model, wish.revision, note)
     prepared = prepare(source, request)
     target = out or Path(prepared.default_name())
     for line in prepared.plan.notes:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--against", required=True, metavar="MODEL", help="The original: a folder, a Hub id or another artifact.")
+@click.argument("artifact")
+@click.option(
+    "--against", required=True, metavar="MODEL", help="The original: a folder or a Hub id; or another artifact."
+)
 @click.option(
     "--text", type=click.Path(path_type=Path), help="A UTF-8 text, best one nobody tuned on.  [English prose]"
 )
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def evaluate(artifact: Path, against: str, text: Path | None, as_json: bool, **options: Any) -> None:
+def evaluate(artifact: str, against: str, text: Path | None, as_json: bool, **options: Any) -> None:
     """Say what quantization cost: next-token distributions of ARTIFACT against those of its original, on a text.
 
     The text is cut into windows; in each, the second half is predicted. Models are read layer by layer: memory is that

@@ -16,21 +16,25 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact")
 @click.option("--layers", is_flag=True, help="Every layer on a line of its own.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
-def inspect(artifact: Path, layers: bool, as_json: bool) -> None:
-    """Show what ARTIFACT is, how it was made and what it cost, from its headers alone."""
-    from lbq.formats import json_file
-    from lbq.formats.artifact import open_artifact
-    from lbq.formats.report import report_of
+def inspect(artifact: str, layers: bool, as_json: bool) -> None:
+    """Show what ARTIFACT is, how it was made and what it cost.
 
-    with open_artifact(artifact) as opened:
-        manifest = opened.manifest
+    Of a folder the headers are read; of a Hub id (owner/name@revision) the manifest and the report are fetched.
+    """
+    from lbq.formats import json_file
+    from lbq.formats.manifest import read_manifest
+    from lbq.formats.report import report_of
+    from lbq.hub.artifacts import find_artifact
+
+    folder = find_artifact(artifact, weights=False, on_note=note)
+    manifest = _checked_manifest(folder) if Path(artifact).is_dir() else read_manifest(folder)
     if as_json:
         click.echo(json_file.encode(manifest), nl=False)
         return
-    report = report_of(artifact, manifest)
+    report = report_of(folder, manifest)
     _print_head(artifact, manifest)
     if report.quality is not None:
         _print_quality(report.quality)
@@ -40,7 +44,14 @@ def inspect(artifact: Path, layers: bool, as_json: bool) -> None:
         note(text)
 
 
-def _print_head(artifact: Path, manifest: Manifest) -> None:
+def _checked_manifest(folder: Path) -> Manifest:
+    from lbq.formats.artifact import open_artifact
+
+    with open_artifact(folder) as opened:
+        return opened.manifest
+
+
+def _print_head(artifact: str, manifest: Manifest) -> None:
     spec, method, source, summary = manifest.spec, manifest.method, manifest.source, manifest.summary
     revision = f" at {source.revision}" if source.revision else ""
     nbytes = sum(entry.size for entry in manifest.files.values())

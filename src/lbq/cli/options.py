@@ -26,8 +26,8 @@ class Wish:
 
     @property
     def given(self) -> bool:
-        """Whether anything was asked for, where nothing has to be."""
-        return self != Wish(None, None, None, (), (), None)
+        """Whether anything was asked for that quantizes, where nothing has to be."""
+        return self != Wish(None, None, None, (), (), self.revision)
 
     def request(self, **more: Any) -> Request:
         """What the quantizer takes; ``more`` goes to ``make_request``. Raises UsageError."""

@@ -63,10 +63,9 @@ def run(
     threads: int | None,
     **settings: Any,
 ) -> None:
-    """Run ARTIFACT: answer a prompt, or chat at the terminal.
+    """Run ARTIFACT, a folder or a Hub id (owner/name@revision): answer a prompt, or chat at the terminal.
 
-    With --bits, ARTIFACT is a checkpoint, a folder or a Hub id: it is quantized while it is loaded, and nothing is
-    written.
+    With --bits, ARTIFACT is a checkpoint: it is quantized while it is loaded, and nothing is written.
     """
     if prompt == "-" or (prompt is None and not _at_terminal()):
         prompt = _read_stdin()
@@ -129,11 +128,12 @@ class _Loading:
 
 
 def _open_artifact(artifact: str, wish: Wish, where: LoadSettings) -> tuple[Model, _Loading]:
+    from lbq.hub.artifacts import find_artifact
     from lbq.runtime.model import open_model
 
     if wish.given:
-        raise UsageError("--gs, --lm-head, --keep, --set and --revision go with --bits, which quantizes a checkpoint")
-    return open_model(artifact, **where), _Loading()
+        raise UsageError("--gs, --lm-head, --keep and --set go with --bits, which quantizes a checkpoint")
+    return open_model(find_artifact(artifact, wish.revision, on_note=note), **where), _Loading()
 
 
 def _open_checkpoint(checkpoint: str, wish: Wish, where: LoadSettings) -> tuple[Model, _Loading]:
@@ -143,7 +143,7 @@ def _open_checkpoint(checkpoint: str, wish: Wish, where: LoadSettings) -> tuple[
 
     request = wish.request(strict=where["strict"])
     check_checkpoint(checkpoint)
-    prepared = prepare(resolve(checkpoint, wish.revision), request)
+    prepared = prepare(resolve(checkpoint, wish.revision, note), request)
     for text in prepared.plan.notes:
         note(text)
     loading = _Loading(prepared)

@@ -12,8 +12,12 @@ from lbq.formats.disk import readable
 from lbq.formats.errors import UsageError
 from lbq.formats.manifest import MANIFEST
 from lbq.formats.quality import Text
+from lbq.hub.artifacts import fetch_artifact
+from lbq.hub.client import OnNote, quiet
+from lbq.hub.names import HubId, find_model
+from lbq.hub.snapshot import open_snapshot
 from lbq.quantizer.original import Original, open_original
-from lbq.quantizer.source import resolve
+from lbq.quantizer.source import fetch_source, resolve
 from lbq.runtime.binding import Weights
 from lbq.runtime.text.tokenizer import Tokenizer
 
@@ -28,11 +32,17 @@ class Model(Weights, Protocol):
     def folder(self) -> Path: ...
 
 
-def open_model(model: Path | str) -> Artifact | Original:
-    """Open an artifact's folder, a checkpoint's, or a Hub id; to be closed. Raises what opening these raises."""
+def open_model(model: Path | str, on_note: OnNote = quiet) -> Artifact | Original:
+    """Open an artifact or a checkpoint, a folder or a Hub id; to be closed. Raises what finding and opening raise."""
     if not str(model):
         raise UsageError("no model: give a folder or a Hub id")
-    return open_artifact(model) if (Path(model) / MANIFEST).is_file() else open_original(resolve(model))
+    found = find_model(model)
+    if isinstance(found, HubId):
+        snapshot = open_snapshot(found, on_note)
+        if MANIFEST in snapshot.files:
+            return open_artifact(fetch_artifact(snapshot))
+        return open_original(fetch_source(snapshot))
+    return open_artifact(found) if (found / MANIFEST).is_file() else open_original(resolve(found))
 
 
 def windows_of(file: TextFile, models: Sequence[Model], context: int | None, max_tokens: int | None) -> Windows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -14,10 +13,10 @@ from lbq.evaluation.windows import BUNDLED_TOKENS, bundled_text, read_text
 from lbq.formats.artifact import Artifact, open_artifact
 from lbq.formats.disk import readable
 from lbq.formats.quality import EVALUATION_VERSION, Evaluation, Weights
+from lbq.hub.artifacts import find_artifact
+from lbq.hub.client import OnNote, quiet
 from lbq.quantizer.original import Original
 from lbq.runtime.devices import Device, device_errors, find_device, set_threads
-
-OnNote = Callable[[str], None]
 
 
 def evaluate(
@@ -32,12 +31,13 @@ def evaluate(
     on_progress: OnProgress | None = None,
     on_note: OnNote | None = None,
 ) -> Evaluation:
-    """Compare ``artifact`` with ``reference`` (a checkpoint's folder, a Hub id or another artifact) on a text file.
+    """Compare ``artifact`` with ``reference`` (a checkpoint or another artifact) on a text file.
 
-    ``text`` is by default the one that ships with lbq. ``context`` is the length of a window, by default 512 or what
-    the models were made for; ``max_tokens`` bounds the text, by default to all of it, or 4096 of lbq's. Both models run
-    layer by layer in float32, so that the weights alone differ. ``threads`` is torch's number of them, for the whole
-    process. ``on_note`` hears of what differs from what one would expect, before the work; the result has it too.
+    Both are folders or Hub ids; ``text`` is by default the one that ships with lbq. ``context`` is the length of a
+    window, by default 512 or what the models were made for; ``max_tokens`` bounds the text, by default to all of it, or
+    4096 of lbq's. Both models run layer by layer in float32, so that the weights alone differ. ``threads`` is torch's
+    number of them, for the whole process. ``on_note`` hears of what differs from what one would expect, before the
+    work; the result has it too.
 
     Raises UsageError for arguments, StorageError and DataError for files and for models that cannot be compared,
     RemoteError for the Hub, DeviceError for the device.
@@ -49,8 +49,8 @@ def evaluate(
     if text is None and max_tokens is None:
         max_tokens = BUNDLED_TOKENS
     with ExitStack() as stack:
-        student = stack.enter_context(open_artifact(artifact))
-        teacher = open_model(reference)
+        student = stack.enter_context(open_artifact(find_artifact(artifact, on_note=on_note or quiet)))
+        teacher = open_model(reference, on_note or quiet)
         stack.enter_context(teacher)
         sides = Side(str(reference), teacher), Side(str(artifact), student)
         check_alike(*sides)
