@@ -79,8 +79,9 @@ class ForeignCheckpoint:
         return self.coded(module).image()
 
     def nbytes(self, module: str) -> int:
-        """Bytes of the tensors that store a linear layer's weight."""
-        return sum(self._checkpoint.info(name).nbytes for name in self._tensors(module))
+        """Bytes of a linear layer's weight: codes, scales, zero points and indices, or floats."""
+        names = [name for name in self._tensors(module) if not name.endswith(".weight_shape")]
+        return sum(self._checkpoint.info(name).nbytes for name in names)
 
     @property
     def weight_bytes(self) -> int:

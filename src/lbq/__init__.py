@@ -14,15 +14,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lbq.evaluation import evaluate
+    from lbq.evaluation import compare, evaluate
     from lbq.loading import load
     from lbq.quantizer.convert import convert
 
-__all__ = ["__version__", "convert", "evaluate", "load"]
+__all__ = ["__version__", "compare", "convert", "evaluate", "load"]
 
 __version__ = "0.1.0"
 
-_HOMES = {"convert": "lbq.quantizer.convert", "evaluate": "lbq.evaluation", "load": "lbq.loading"}
+_HOMES = {
+    "compare": "lbq.evaluation",
+    "convert": "lbq.quantizer.convert",
+    "evaluate": "lbq.evaluation",
+    "load": "lbq.loading",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from lbq import __version__
+from lbq.cli.compare import compare
 from lbq.cli.convert import convert
 from lbq.cli.display import plain
 from lbq.cli.evaluate import evaluate
@@ -38,7 +39,7 @@ def cli() -> None:
     """
 
 
-for command in (convert, inspect, verify, evaluate, run, pull):
+for command in (convert, inspect, verify, evaluate, compare, run, pull):
     cli.add_command(command)
 
 

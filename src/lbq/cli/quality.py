@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from lbq.formats.comparison import WHOLE, Share
 
 if TYPE_CHECKING:
     from lbq.formats.quality import Divergence, Estimate, Scores, Text
@@ -35,8 +38,22 @@ def with_error(value: Estimate | Divergence, form: str) -> str:
 
 def perplexities(scores: Scores) -> str:
     """``29.542, reference 23.027``"""
-    one, other = (
-        "past 1e308" if value is None else f"{value:.3f}"
-        for value in (scores.perplexity.artifact, scores.perplexity.reference)
-    )
-    return f"{one}, reference {other}"
+    return f"{perplexity(scores.perplexity.artifact)}, reference {perplexity(scores.perplexity.reference)}"
+
+
+def perplexity(value: float | None) -> str:
+    """``29.542``"""
+    return "past 1e308" if value is None else f"{value:.3f}"
+
+
+def stored_as(shares: Sequence[Share]) -> str:
+    """``INT4 g64 79%, INT8 row 21%``: how linear layers are stored, by share of weights."""
+    total = sum(share.weights for share in shares)
+    shown = [f"{_scheme(share)} {share.weights / total:.0%}" for share in shares[:3]]
+    return ", ".join(shown) + (f" and {len(shares) - 3} more" if shares[3:] else "")
+
+
+def _scheme(share: Share) -> str:
+    if share.bits == WHOLE:
+        return "16 bits"
+    return f"INT{share.bits} " + ("row" if share.group is None else f"g{share.group}")

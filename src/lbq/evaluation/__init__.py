@@ -5,7 +5,9 @@ This composes quantizer and runtime, which know nothing of each other: the one o
 
 from __future__ import annotations
 
+from lbq.evaluation.comparison import compare
 from lbq.evaluation.run import evaluate
+from lbq.formats.comparison import Comparison
 from lbq.formats.quality import Evaluation
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Comparison", "Evaluation", "compare", "evaluate"]

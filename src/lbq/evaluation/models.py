@@ -16,8 +16,9 @@ from lbq.hub.artifacts import fetch_artifact
 from lbq.hub.client import OnNote, quiet
 from lbq.hub.names import HubId, find_model
 from lbq.hub.snapshot import open_snapshot
+from lbq.quantizer.foreign import ForeignCheckpoint, open_foreign
 from lbq.quantizer.original import Original, open_original
-from lbq.quantizer.source import fetch_source, resolve
+from lbq.quantizer.source import SourceFolder, fetch_source, resolve
 from lbq.runtime.binding import Weights
 from lbq.runtime.text.tokenizer import Tokenizer
 
@@ -34,15 +35,25 @@ class Model(Weights, Protocol):
 
 def open_model(model: Path | str, on_note: OnNote = quiet) -> Artifact | Original:
     """Open an artifact or a checkpoint, a folder or a Hub id; to be closed. Raises what finding and opening raise."""
+    found = _find(model, on_note)
+    return open_artifact(found) if isinstance(found, Path) else open_original(found)
+
+
+def open_stored(model: Path | str, on_note: OnNote = quiet) -> Artifact | ForeignCheckpoint:
+    """As :func:`open_model`, but a checkpoint is opened as another tool left it, quantised or not."""
+    found = _find(model, on_note)
+    return open_artifact(found) if isinstance(found, Path) else open_foreign(found)
+
+
+def _find(model: Path | str, on_note: OnNote) -> Path | SourceFolder:
+    """An artifact's folder, or a checkpoint."""
     if not str(model):
         raise UsageError("no model: give a folder or a Hub id")
     found = find_model(model)
     if isinstance(found, HubId):
         snapshot = open_snapshot(found, on_note)
-        if MANIFEST in snapshot.files:
-            return open_artifact(fetch_artifact(snapshot))
-        return open_original(fetch_source(snapshot))
-    return open_artifact(found) if (found / MANIFEST).is_file() else open_original(resolve(found))
+        return fetch_artifact(snapshot) if MANIFEST in snapshot.files else fetch_source(snapshot)
+    return found if (found / MANIFEST).is_file() else resolve(found)
 
 
 def windows_of(file: TextFile, models: Sequence[Model], context: int | None, max_tokens: int | None) -> Windows:

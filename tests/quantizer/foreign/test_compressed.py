@@ -78,7 +78,7 @@ def test_symmetric_integers_have_an_exact_image(compress: Compress, bits: int, g
             assert isinstance(image, PackedWeight)
             assert torch.equal(image.dequantize(), weight)
             assert image.group == (group or image.k)
-            assert found.nbytes(name) == image.nbytes + 16
+            assert found.nbytes(name) == image.nbytes
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
