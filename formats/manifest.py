@@ -64,12 +64,21 @@ class Method(Part, frozen=True):
             raise ValueError("either bits or target_bpw")
 
 
+class License(Part, frozen=True):
+    """What a model card says of the licence, in the Hub's words: ``other`` has a name and a link."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+
 class Source(Part, frozen=True):
-    """The checkpoint that was read: its name, and its files by hash."""
+    """The checkpoint that was read: its name (a Hub id where there is a revision), its files by hash, its licence."""
 
     name: str
     revision: str | None
     files: dict[str, FileEntry]
+    license: License | None = None
 
 
 class Summary(Part, frozen=True):

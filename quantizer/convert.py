@@ -193,7 +193,7 @@ def write_artifact(
             quantized=plan.quantized,
             dense=plan.dense,
             method=_method(prepared.request),
-            source=manifests.Source(source.name, source.revision, hasher.result()),
+            source=manifests.Source(source.name, source.revision, hasher.result(), source.license()),
             tools={"lbq": __version__, "torch": str(torch.__version__)},
             summary=totals.summary(plan.bits_per_weight),
             notes=plan.notes,

@@ -8,9 +8,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Self
 
+from lbq.formats import json_file
 from lbq.formats.disk import FileEntry, hash_file, readable
-from lbq.formats.errors import DataError, UsageError
-from lbq.formats.manifest import MANIFEST
+from lbq.formats.errors import DataError, LbqError, UsageError
+from lbq.formats.front_matter import license_of, parse_card
+from lbq.formats.manifest import MANIFEST, License
 from lbq.formats.safetensors_file import INDEX, SINGLE
 from lbq.formats.tokenizer_file import TOKENIZER, check_rows, load_tokenizer, vocabulary_rows
 from lbq.hub.client import OnNote, quiet
@@ -32,6 +34,8 @@ COMPANIONS = (
 )
 LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 CONFIG = "config.json"
+README = "README.md"
+README_BYTES = 4 << 20
 WEIGHTS = (SINGLE, "model-*.safetensors", INDEX)
 
 
@@ -51,6 +55,17 @@ class SourceFolder:
         """Tokenizer, template, generation settings and licence files, in a fixed order."""
         named = [self.folder / name for name in COMPANIONS if (self.folder / name).is_file()]
         return named + sorted(path for pattern in LEGAL for path in self.folder.glob(pattern) if path.is_file())
+
+    def license(self) -> License | None:
+        """The licence that the README.md names, if there is one that can be read."""
+        path = self.folder / README
+        if not path.is_file():
+            return None
+        try:
+            card = parse_card(json_file.read_bytes(path, README_BYTES).decode(errors="replace"), path)
+        except LbqError:  # a card is for people: what is wrong with one harms no conversion
+            return None
+        return license_of(card.metadata)
 
 
 def resolve(model: str | Path, revision: str | None = None, on_note: OnNote = quiet) -> SourceFolder:
@@ -73,7 +88,7 @@ def fetch_source(snapshot: Snapshot) -> SourceFolder:
         raise DataError(f"{snapshot.hub_id}: not a checkpoint (no {CONFIG}); look at its files on the Hub")
     folder = snapshot.fetch(CONFIG).parent
     for name in sorted(snapshot.files):
-        if "/" not in name and any(fnmatchcase(name, pattern) for pattern in (*COMPANIONS, *LEGAL, *WEIGHTS)):
+        if "/" not in name and any(fnmatchcase(name, pattern) for pattern in (README, *COMPANIONS, *LEGAL, *WEIGHTS)):
             snapshot.fetch(name)
     return SourceFolder(folder, snapshot.hub_id.name, snapshot.commit)
 

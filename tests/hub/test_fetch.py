@@ -13,7 +13,7 @@ import pytest
 from hub_stub import TOKEN, Hub, sha256
 
 from lbq.formats.errors import UsageError
-from lbq.formats.manifest import read_manifest
+from lbq.formats.manifest import License, read_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -296,10 +296,11 @@ def test_eval_of_hub_ids(
 def test_convert(hub: Hub, lbq: Lbq, checkpoints: Mapping[str, Path], tmp_path: Path) -> None:
     first = hub.add_folder("user/base", checkpoints["llama"])
     hub.add("user/base", {**hub.files("user/base"), "pytorch_model.bin": b"pickled", "onnx/model.safetensors": b"o"})
+    hub.put("user/base", "README.md", b"---\nlicense: mit\n---\n")
     assert lbq("convert", "user/base", "--gs", "32", "--out", tmp_path / "out").code == 0
     source = read_manifest(tmp_path / "out").source
-    assert (source.name, source.revision) == ("user/base", hub.head("user/base"))
-    assert hub.fetched() == sorted(path.name for path in checkpoints["llama"].iterdir())
+    assert (source.name, source.revision, source.license) == ("user/base", hub.head("user/base"), License("mit"))
+    assert hub.fetched() == sorted(["README.md", *(path.name for path in checkpoints["llama"].iterdir())])
     for wish in (["user/base", "--revision", first], [f"user/base@{first}"]):
         assert lbq("convert", *wish, "--gs", "32", "--out", tmp_path / "out", "--overwrite").code == 0
         assert read_manifest(tmp_path / "out").source.revision == first

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lbq.formats.artifact import open_artifact, verify
 from lbq.formats.disk import hash_file
 from lbq.formats.errors import BusyError, DataError, DeviceError, StorageError, UsageError
-from lbq.formats.manifest import read_manifest
+from lbq.formats.manifest import License, read_manifest
 from lbq.formats.safetensors_file import open_checkpoint
 from lbq.formats.scheme import Scheme
 from lbq.formats.staging import StagedFolder
@@ -517,3 +517,20 @@ def test_signals(number: str, code: int, says: str, checkpoints: Mapping[str, Pa
     assert done.stdout == "['model.safetensors.part']\n" or done.stdout == "[]\n"
     assert done.stderr == says
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("readme", "found"),
+    [
+        ("---\nlicense: other\nlicense_name: tiny\n---\n# Tiny\n", License("other", "tiny")),
+        ("# Tiny\n", None),
+        ("---\nlicense: [\n---\n", None),
+    ],
+)
+def test_the_licence_is_carried_over(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, readme: str, found: License | None
+) -> None:
+    source = make_checkpoint()
+    (source / "README.md").write_text(readme)
+    done = convert(source, tmp_path / "out", group=32, device="cpu")
+    assert done.manifest.source.license == read_manifest(tmp_path / "out").source.license == found
