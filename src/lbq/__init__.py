@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lbq.evaluation import compare, evaluate
+    from lbq.evaluation.sweep import sweep
     from lbq.loading import load
     from lbq.quantizer.convert import convert
 
-__all__ = ["__version__", "compare", "convert", "evaluate", "load"]
+__all__ = ["__version__", "compare", "convert", "evaluate", "load", "sweep"]
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "convert": "lbq.quantizer.convert",
     "evaluate": "lbq.evaluation",
     "load": "lbq.loading",
+    "sweep": "lbq.evaluation.sweep",
 }
 
 

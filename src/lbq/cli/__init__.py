@@ -20,6 +20,7 @@ from lbq.cli.evaluate import evaluate
 from lbq.cli.hub import pull
 from lbq.cli.inspect import inspect
 from lbq.cli.run import run
+from lbq.cli.sweep import sweep
 from lbq.cli.verify import verify
 from lbq.formats.errors import LbqError
 
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (convert, inspect, verify, evaluate, compare, run, pull):
+for command in (convert, inspect, verify, evaluate, compare, sweep, run, pull):
     cli.add_command(command)
 
 

@@ -71,6 +71,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     click.echo(text.get(), nl=False)
 
 
+def markdown(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table as Markdown; all columns but the first are right-aligned."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    click.echo(f"### {plain(title)}\n")
+    for line in lines:
+        click.echo(f"| {' | '.join(plain(cell).replace('|', '&#124;') for cell in line)} |")
+
+
 class Bar:
     """A progress bar over bytes that counts items beside them."""
 
