@@ -16,7 +16,7 @@ from lbq.formats.packing import PackedWeight
 from lbq.formats.spec import Attention, ModelSpec, Norm, Projection, Rope
 from lbq.runtime.attention import AttentionMixer
 from lbq.runtime.decoder import Decoder, DecoderLayer, Mlp
-from lbq.runtime.kernels.linear import Linear
+from lbq.runtime.kernels.linear import Choice, Linear
 from lbq.runtime.norm import RmsNorm
 from lbq.runtime.rope import Rotary
 
@@ -80,6 +80,22 @@ class KernelUse:
     count: int
 
 
+class UseCounter:
+    """Counts what serves fused units."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str, str | None], int] = {}
+
+    def add(self, unit: tuple[Projection, ...], served_by: Linear | Choice) -> None:
+        """One more unit."""
+        key = (_names(unit), served_by.kernel, served_by.fallback)
+        self._counts[key] = self._counts.get(key, 0) + 1
+
+    def counted(self) -> tuple[KernelUse, ...]:
+        """All so far, in the order of the first of each."""
+        return tuple(KernelUse(*key, count) for key, count in self._counts.items())
+
+
 @dataclass(frozen=True)
 class Bound:
     """A decoder, what serves it, and the bytes of memory it holds beyond the mapped file."""
@@ -103,14 +119,14 @@ class Binder:
 
     def __init__(self, weights: Weights, kernels: Kernels) -> None:
         self._weights, self._kernels, self._spec = weights, kernels, weights.spec
-        self._uses: dict[tuple[str, str, str | None], int] = {}
+        self._uses = UseCounter()
         self._rotaries: dict[Rope, Rotary] = {}
         self.resident_bytes = 0  # of everything bound so far, dropped or not
 
     @property
     def uses(self) -> tuple[KernelUse, ...]:
         """What serves the parts bound so far."""
-        return tuple(KernelUse(*key, count) for key, count in self._uses.items())
+        return self._uses.counted()
 
     def embedding(self) -> torch.Tensor:
         """BF16 [V, hidden]: mapped on the CPU, where a token reads one row, moved elsewhere."""
@@ -180,7 +196,7 @@ class Binder:
         quantized = {self._weights.is_quantized(p.name) for p in parts}
         assert len(quantized) == 1
         linear = self._packed(parts) if quantized.pop() else self._dense(parts)
-        return self._use(unit, linear)
+        return self._use(parts, linear)
 
     def _packed(self, parts: tuple[Projection, ...]) -> Linear:
         packed = [self._weights.packed(p.name) for p in parts]
@@ -189,7 +205,7 @@ class Binder:
         words, scales = _joined([w.words for w in packed]), _joined([w.scales for w in packed])
         whole = PackedWeight(words, scales, first.bits, first.group, first.k)
         linear = self._kernels.packed(whole, self._bias(parts))
-        held = _held(linear, parts, whole.nbytes)
+        held = held_bytes(linear, len(parts), whole.nbytes)
         self.resident_bytes += held
         if held:
             self._release(parts)
@@ -198,7 +214,7 @@ class Binder:
     def _dense(self, parts: tuple[Projection, ...]) -> Linear:
         whole = _joined([self._weights.dense(f"{p.name}.weight") for p in parts])
         linear = self._kernels.dense(whole, self._bias(parts))
-        held = _held(linear, parts, whole.nbytes)
+        held = held_bytes(linear, len(parts), whole.nbytes)
         self.resident_bytes += held
         if held:
             self._release(parts)
@@ -230,14 +246,13 @@ class Binder:
         )
 
     def _use(self, unit: tuple[Projection, ...], linear: Linear) -> Linear:
-        key = (_names(unit), linear.kernel, linear.fallback)
-        self._uses[key] = self._uses.get(key, 0) + 1
+        self._uses.add(unit, linear)
         return linear
 
 
-def _held(linear: Linear, parts: tuple[Projection, ...], nbytes: int) -> int:
+def held_bytes(served_by: Linear | Choice, parts: int, nbytes: int) -> int:
     """Bytes that a kernel holds: its own arrangement, or the joined matrix where it uses that, or only the file: 0."""
-    return linear.resident_bytes or (nbytes if len(parts) > 1 else 0)
+    return served_by.resident_bytes or (nbytes if parts > 1 else 0)
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -247,7 +262,7 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _names(unit: tuple[Projection, ...]) -> str:
     """``model.layers.*.self_attn.{q_proj,k_proj,v_proj}``"""
-    names = [p.name.replace("{i}", "*") for p in unit]
+    names = [".".join("*" if part.isdecimal() else part for part in p.name.split(".")) for p in unit]
     if len(names) == 1:
         return names[0]
     parents = {name.rpartition(".")[0] for name in names}

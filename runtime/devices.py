@@ -17,7 +17,7 @@ from lbq.formats.packing import PackedWeight
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import BUCKET, CudaEngine
-from lbq.runtime.kernels.linear import Linear
+from lbq.runtime.kernels.linear import Choice, Linear, Matrix
 from lbq.runtime.text.generation import Engine
 
 CUDA_CONTEXT = 8192  # the default there: a cache that cannot grow should not take a GPU's memory unasked
@@ -45,6 +45,16 @@ class CpuDevice:
         from lbq.runtime.kernels.cpu import DenseLinear
 
         return DenseLinear(weight, bias, exact=self.exact)
+
+    def choose(self, matrix: Matrix) -> Choice:
+        """What :meth:`packed`, or at 16 bits :meth:`dense`, will make of a matrix."""
+        from lbq.runtime.kernels.cpu import choose
+
+        return choose(matrix, exact=self.exact)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return torch.float32
 
     def default_context(self, decoder: Decoder) -> int:
         return decoder.spec.context
@@ -84,6 +94,12 @@ class CudaDevice:
         from lbq.runtime.kernels.cuda import DenseCudaLinear
 
         return DenseCudaLinear(weight.to(self.device), bias, exact=self.exact)
+
+    def choose(self, matrix: Matrix) -> Choice:
+        """What :meth:`packed`, or at 16 bits :meth:`dense`, will make of a matrix; needs no GPU."""
+        from lbq.runtime.kernels.cuda import choose
+
+        return choose(matrix, exact=self.exact)
 
     def default_context(self, decoder: Decoder) -> int:
         """What fits beside the weights, which are there already."""

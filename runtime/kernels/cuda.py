@@ -7,10 +7,31 @@ from __future__ import annotations
 
 import torch
 
-from lbq.formats.packing import PackedWeight
+from lbq.formats.packing import PackedWeight, packed_words
 from lbq.runtime.kernels import dense, dequant, gemv
+from lbq.runtime.kernels.linear import Choice, Matrix
 
 GEMV_TOKENS = 16  # up to this many tokens the matrix-vector kernel is used, one pass over the weights' L2 lines each
+
+
+def choose(matrix: Matrix, *, exact: bool = False) -> Choice:
+    """What serves a matrix on a CUDA device: what a :class:`CudaLinear`, or at 16 bits a :class:`DenseCudaLinear`,
+    would be."""
+    n, k = matrix.n, matrix.k
+    if matrix.bits == 16:
+        nbytes = 2 * n * k
+    else:
+        words = 3 * -(-k // 32) if matrix.bits == 3 else packed_words(k, matrix.bits)  # see gemv.arrange
+        nbytes = 4 * n * words + 2 * n * (k // matrix.group) + 4 * n  # the last are the rows' norms
+    return Choice(_name(matrix.bits, exact=exact), None, nbytes + (4 * n if matrix.bias else 0))
+
+
+def _name(bits: int, *, exact: bool) -> str:
+    """What ``kernel`` says."""
+    if bits == 16:
+        return "float32 matmul" if exact else "Triton BF16 GEMV, prompts by BF16 matmul"
+    how = "GEMV (activations in two int8 planes), prompts by dequantise + float16 matmul"
+    return f"Triton INT{bits} " + ("dequantise + float32 matmul" if exact else how)
 
 
 def _checked_bias(bias: torch.Tensor | None, n: int, device: torch.device) -> torch.Tensor | None:
@@ -38,11 +59,7 @@ class CudaLinear:
         self.n, self.k = weight.n, weight.k
         self.resident_bytes = self._weight.nbytes + self._norms.nbytes
         self.resident_bytes += 0 if self._bias is None else self._bias.nbytes
-        self.kernel = f"Triton INT{weight.bits} " + (
-            "dequantise + float32 matmul"
-            if exact
-            else "GEMV (activations in two int8 planes), prompts by dequantise + float16 matmul"
-        )
+        self.kernel = _name(weight.bits, exact=exact)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         assert x.dim() == 2
@@ -72,7 +89,7 @@ class DenseCudaLinear:
         self._exact = exact
         self.n, self.k = weight.shape
         self.resident_bytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
-        self.kernel = "float32 matmul" if exact else "Triton BF16 GEMV, prompts by BF16 matmul"
+        self.kernel = _name(16, exact=exact)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         assert x.dim() == 2

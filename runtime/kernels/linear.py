@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a kernel is chosen by: a matrix [n, k] of codes under one scale for ``group`` inputs; 16 bits: of BF16."""
+
+    n: int
+    k: int
+    bits: int
+    group: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a :class:`Linear` of some matrix will say of itself: known before there are weights."""
+
+    kernel: str
+    fallback: str | None
+    resident_bytes: int
 
 
 class Linear(Protocol):

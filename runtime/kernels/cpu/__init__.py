@@ -13,9 +13,9 @@ from lbq.runtime.kernels.cpu.fbgemm import missing_fbgemm
 from lbq.runtime.kernels.cpu.int4 import NibbleBagLinear
 from lbq.runtime.kernels.cpu.int8 import ByteBagLinear
 from lbq.runtime.kernels.cpu.mapped import MappedLinear, check_bias
-from lbq.runtime.kernels.linear import Linear
+from lbq.runtime.kernels.linear import Choice, Linear, Matrix
 
-__all__ = ["DenseLinear", "cpu_linear"]
+__all__ = ["DenseLinear", "choose", "cpu_linear"]
 
 
 def cpu_linear(weight: PackedWeight, bias: torch.Tensor | None = None, *, exact: bool = False) -> Linear:
@@ -29,4 +29,19 @@ def cpu_linear(weight: PackedWeight, bias: torch.Tensor | None = None, *, exact:
     missing = None if exact else missing_fbgemm()
     if exact or missing:
         return MappedLinear(weight, bias, missing)
-    return ByteBagLinear(weight, bias) if weight.bits == 8 else NibbleBagLinear(weight, bias)
+    return _by_bags(weight.bits)(weight, bias)
+
+
+def choose(matrix: Matrix, *, exact: bool = False) -> Choice:
+    """What serves a matrix here: what :func:`cpu_linear`, or at 16 bits :class:`DenseLinear`, would be."""
+    if matrix.bits == 16:
+        return DenseLinear.choose(matrix, exact=exact)
+    missing = None if exact else missing_fbgemm()
+    if exact or missing:
+        return Choice(MappedLinear.name(matrix.bits), missing, 0)
+    kind = _by_bags(matrix.bits)
+    return Choice(kind.name(matrix.bits), None, kind.bytes_of(matrix))
+
+
+def _by_bags(bits: int) -> type[ByteBagLinear | NibbleBagLinear]:
+    return ByteBagLinear if bits == 8 else NibbleBagLinear

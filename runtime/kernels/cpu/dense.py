@@ -14,6 +14,7 @@ import torch
 
 from lbq.runtime.kernels.cpu.fbgemm import half_linear, missing_fbgemm, pack_half
 from lbq.runtime.kernels.cpu.mapped import by_tiles, check_bias, check_input
+from lbq.runtime.kernels.linear import Choice, Matrix
 
 BLOCK = 4 << 20  # weights packed at a time: FBGEMM takes them as float32
 SHIFTS = (-110, 110)  # powers of two that leave activations within float32's range
@@ -33,16 +34,22 @@ class DenseLinear:
         check_bias(bias, self.n)
         self._bias = bias
         self._mapped: torch.Tensor | None = None
-        self.fallback = None if exact else missing_fbgemm()
+        choice = self.choose(Matrix(self.n, self.k, 8 * weight.itemsize, self.k), exact=exact)
+        self.kernel, self.fallback, self.resident_bytes = choice.kernel, choice.fallback, choice.resident_bytes
         if exact or self.fallback:
-            mapped = weight.dtype == torch.bfloat16
-            self.kernel = "float32 tiles of the mapped BF16 file (CPU)" if mapped else "float32 weights (CPU)"
-            self.resident_bytes = 0 if mapped else weight.nbytes
             self._mapped = weight
         else:
-            self.kernel = "FBGEMM fp16 weights, float32 sums (CPU)"
-            self.resident_bytes = weight.nbytes
             self._pack(weight)
+
+    @staticmethod
+    def choose(matrix: Matrix, *, exact: bool) -> Choice:
+        """What a linear of ``matrix`` will be; of 32 bits, one of float32 weights."""
+        missing = None if exact else missing_fbgemm()
+        if not (exact or missing):
+            return Choice("FBGEMM fp16 weights, float32 sums (CPU)", None, 2 * matrix.n * matrix.k)
+        if matrix.bits == 32:
+            return Choice("float32 weights (CPU)", missing, 4 * matrix.n * matrix.k)
+        return Choice("float32 tiles of the mapped BF16 file (CPU)", missing, 0)
 
     def _pack(self, weight: torch.Tensor) -> None:
         rows = max(1, BLOCK // self.k)

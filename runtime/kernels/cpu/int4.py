@@ -19,6 +19,7 @@ from lbq.runtime.kernels.cpu.bags import (
     split_columns,
 )
 from lbq.runtime.kernels.cpu.mapped import check_input
+from lbq.runtime.kernels.linear import Matrix
 
 SCRATCH_BYTES = 2 << 20  # codes unpacked at a time for each thread: more falls out of the cache, less is more calls
 MOST_TABLES = 16  # scratch tables that a Python thread keeps: one for every shape of matrix, and a model has few
@@ -39,17 +40,27 @@ class NibbleBagLinear:
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None) -> None:
         assert weight.bits in (3, 4)
         self.n, self.k, self._group, self._bias = weight.n, weight.k, weight.group, bias
-        self.kernel = f"FBGEMM byte bags, INT{weight.bits} unpacked by tiles (CPU)"
-        threads = torch.get_num_threads()
-        self._blocks = threads if self.k % (2 * threads) == 0 else 1
-        self._half = -(-self.k // (2 * self._blocks))
-        self._bags = _choose_bags(self.k, weight.group, threads)
-        shards, self._columns = split_columns(self.n, max(NARROWEST, SCRATCH_BYTES * threads // self.k))
+        self.kernel = self.name(weight.bits)
+        self._blocks, self._half = _split_rows(self.k)
+        self._bags = _choose_bags(self.k, weight.group)
+        shards, self._columns = _split_columns(self.n, self.k)
         with torch.inference_mode(False):
             self._shards = [
                 self._load(weight.rows(s * self._columns, min(self.n, (s + 1) * self._columns))) for s in range(shards)
             ]
         self.resident_bytes = sum(codes.nbytes + scales.nbytes for codes, scales in self._shards)
+
+    @staticmethod
+    def name(bits: int) -> str:
+        """What ``kernel`` says."""
+        return f"FBGEMM byte bags, INT{bits} unpacked by tiles (CPU)"
+
+    @staticmethod
+    def bytes_of(matrix: Matrix) -> int:
+        """``resident_bytes`` of a linear."""
+        blocks, half = _split_rows(matrix.k)
+        shards, columns = _split_columns(matrix.n, matrix.k)
+        return shards * columns * (blocks * half + 4 * _choose_bags(matrix.k, matrix.group).bags)
 
     def _load(self, rows: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes uint8 [blocks, 1, half, columns], two a byte, and scales float32 [bags, columns] of one shard."""
@@ -79,8 +90,21 @@ class NibbleBagLinear:
         return matmul(x, unpacked, 8, scales[torch.searchsorted(self._bags.group_of, groups)])
 
 
-def _choose_bags(k: int, group: int, threads: int) -> Bags:
+def _split_rows(k: int) -> tuple[int, int]:
+    """Blocks, and half the rows of each."""
+    threads = torch.get_num_threads()
+    blocks = threads if k % (2 * threads) == 0 else 1
+    return blocks, -(-k // (2 * blocks))
+
+
+def _split_columns(n: int, k: int) -> tuple[int, int]:
+    """Shards, and columns of each."""
+    return split_columns(n, max(NARROWEST, SCRATCH_BYTES * torch.get_num_threads() // k))
+
+
+def _choose_bags(k: int, group: int) -> Bags:
     """Aligned bags, unless repeating scales for so many threads would take too much memory."""
+    threads = torch.get_num_threads()
     aligned = aligned_bags(k, group, threads)
     fits = k / 2 + 4 * aligned.bags <= MOST_MEMORY * (k / 2 + 2 * (k // group))
     return aligned if fits else even_bags(1, k, group, threads)

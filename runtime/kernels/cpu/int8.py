@@ -7,6 +7,7 @@ import torch
 from lbq.formats.packing import PackedWeight, unpack
 from lbq.runtime.kernels.cpu.bags import HEADER, ROWS_BY_BAGS, even_bags, finish, header, matmul, split_columns
 from lbq.runtime.kernels.cpu.mapped import check_input
+from lbq.runtime.kernels.linear import Matrix
 
 COLUMNS = 448  # of a table: what FBGEMM keeps in AVX-512 registers, so that memory is read in order
 SUMS = 1 << 20  # float32 sums that one call may make: 4 MiB
@@ -15,11 +16,11 @@ SUMS = 1 << 20  # float32 sums that one call may make: 4 MiB
 class ByteBagLinear:
     """A table uint8 [shards, K, columns + 8]: a byte a code, then the header of the row."""
 
-    kernel = "FBGEMM byte bags, INT8 (CPU)"
     fallback: str | None = None
 
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None) -> None:
         assert weight.bits == 8
+        self.kernel = self.name(8)
         self.n, self.k, self._bias = weight.n, weight.k, bias
         shards, self._columns = split_columns(self.n, COLUMNS)
         groups = self.k // weight.group
@@ -38,6 +39,17 @@ class ByteBagLinear:
             (table.flatten(0, 1), scales.flatten(0, 1), even_bags(table.shape[0], self.k, weight.group, threads))
             for table, scales in zip(self._table.split(batch), self._scales.split(batch), strict=True)
         ]
+
+    @staticmethod
+    def name(bits: int) -> str:
+        """What ``kernel`` says."""
+        return f"FBGEMM byte bags, INT{bits} (CPU)"
+
+    @staticmethod
+    def bytes_of(matrix: Matrix) -> int:
+        """``resident_bytes`` of a linear."""
+        shards, columns = split_columns(matrix.n, COLUMNS)
+        return shards * (matrix.k * (columns + HEADER) + 4 * (matrix.k // matrix.group) * columns)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [M, K] → float32 [M, N]."""

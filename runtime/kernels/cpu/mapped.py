@@ -18,10 +18,15 @@ class MappedLinear:
     """A quantised matrix, dequantised exactly."""
 
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None, fallback: str | None) -> None:
-        self.kernel = f"float32 tiles of the mapped INT{weight.bits} file (CPU)"
+        self.kernel = self.name(weight.bits)
         self.fallback = fallback
         self.n, self.k, self.resident_bytes = weight.n, weight.k, 0
         self._weight, self._bias = weight, bias
+
+    @staticmethod
+    def name(bits: int) -> str:
+        """What ``kernel`` says."""
+        return f"float32 tiles of the mapped INT{bits} file (CPU)"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [M, K] → float32 [M, N]."""

@@ -1,0 +1,73 @@
+"""What a model will need to run, and which kernels will serve it, before there are weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lbq.formats.manifest import QuantizedModule
+from lbq.formats.packing import packed_words
+from lbq.formats.spec import ModelSpec, Projection
+from lbq.runtime.binding import KernelUse, UseCounter, held_bytes
+from lbq.runtime.devices import CUDA_CONTEXT, CUDA_SPARE, Device
+from lbq.runtime.kernels.linear import Matrix
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of memory, and the kernels of :func:`lbq.runtime.binding.bind`.
+
+    ``weights``: of linear layers and, on a GPU, the embedding, which a CPU reads from the mapped file. ``cache``: of
+    one text of ``context`` tokens. ``spare``: for activations, graphs and workspaces on a GPU.
+    """
+
+    kernels: tuple[KernelUse, ...]
+    weights: int
+    cache: int
+    context: int
+    spare: int
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.spare
+
+
+def needs(
+    spec: ModelSpec, quantized: Mapping[str, QuantizedModule], device: Device, context: int | None = None
+) -> Needs:
+    """What ``device``, which need not be there, will hold of a model whose linear layers are ``quantized`` or BF16.
+
+    ``context`` is by default what a GPU takes unasked where its memory allows it.
+    """
+    uses = UseCounter()
+    on_gpu = device.device.type == "cuda"
+    weights = 2 * spec.vocab_size * spec.hidden_size if on_gpu and not spec.tied else 0
+    for unit in spec.units():
+        matrix = _matrix(unit, quantized)
+        choice = device.choose(matrix)
+        uses.add(unit, choice)
+        weights += held_bytes(choice, len(unit), _stored_bytes(matrix))
+    context = context or min(spec.context, CUDA_CONTEXT)
+    cache = context * _token_bytes(spec, device.cache_dtype.itemsize)
+    return Needs(uses.counted(), weights, cache, context, CUDA_SPARE if on_gpu else 0)
+
+
+def _matrix(unit: tuple[Projection, ...], quantized: Mapping[str, QuantizedModule]) -> Matrix:
+    """The joined matrix of a fused unit, whose parts share bits and group."""
+    n, k = sum(p.out_features for p in unit), unit[0].in_features
+    bias = any(p.bias for p in unit)
+    entry = quantized.get(unit[0].name)
+    return Matrix(n, k, 16, k, bias) if entry is None else Matrix(n, k, entry.bits, entry.group, bias)
+
+
+def _stored_bytes(matrix: Matrix) -> int:
+    if matrix.bits == 16:
+        return 2 * matrix.n * matrix.k
+    return matrix.n * (4 * packed_words(matrix.k, matrix.bits) + 2 * (matrix.k // matrix.group))
+
+
+def _token_bytes(spec: ModelSpec, item_bytes: int) -> int:
+    """Keys and values of a token in all layers."""
+    mixers = [spec.layer(i).mixer for i in range(len(spec.layers))]
+    return sum(2 * mixer.kv_heads * mixer.head_dim * item_bytes for mixer in mixers)
