@@ -5,6 +5,7 @@ Read, not run: see ``docs/format.md``, whose matrix is this module's (a test com
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -54,7 +55,7 @@ def vllm_fit(n: int, k: int, scheme: Scheme) -> Fit:
     """What vLLM does with a layer [n, k]; of a fused one, n is the sum."""
     whole = {3: 32, 4: 8, 8: 4}[scheme.bits]
     if k % whole:
-        return Fit(runs=False, fast=False, text=f"none: K is not a multiple of {whole}")
+        return Fit(runs=False, fast=False, text=f"no kernel: inputs are not a multiple of {whole}")
     kernel = cell(scheme.bits, scheme.group).vllm
     if kernel.startswith("Machete") and (k % 64 or n % 128):
         kernel = "Marlin"
@@ -63,16 +64,16 @@ def vllm_fit(n: int, k: int, scheme: Scheme) -> Fit:
     fast = kernel.startswith(("Machete", "Marlin"))
     if fast and not _marlin_has(n, k):
         return Fit(runs=True, fast=False, text="Marlin, padded")
-    return Fit(runs=True, fast=fast, text=kernel.partition(";")[0])
+    return Fit(runs=True, fast=fast, text=re.split(r";| \(", kernel)[0])
 
 
 def sglang_fit(n: int, k: int, scheme: Scheme) -> Fit:
     """What SGLang does with a layer [n, k]; of a fused one, n is the sum."""
     found = cell(scheme.bits, scheme.group).sglang
     if found != "Marlin":
-        return Fit(runs=False, fast=False, text=f"none: {found}")
+        return Fit(runs=False, fast=False, text=f"no kernel: {found}")
     if not _marlin_has(n, k):
-        return Fit(runs=False, fast=False, text=f"none: no tiles for the shape, {FAILS}")
+        return Fit(runs=False, fast=False, text=f"no kernel for the shape: {FAILS}")
     return Fit(runs=True, fast=True, text=found)
 
 

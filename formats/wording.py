@@ -15,3 +15,8 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     raise AssertionError("unreachable")
+
+
+def pattern(name: str) -> str:
+    """``model.layers.*.mlp.down_proj``: a name with its numbers left out."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

@@ -14,6 +14,7 @@ import torch
 
 from lbq.formats.packing import PackedWeight
 from lbq.formats.spec import Attention, ModelSpec, Norm, Projection, Rope
+from lbq.formats.wording import pattern
 from lbq.runtime.attention import AttentionMixer
 from lbq.runtime.decoder import Decoder, DecoderLayer, Mlp
 from lbq.runtime.kernels.linear import Choice, Linear
@@ -80,22 +81,6 @@ class KernelUse:
     count: int
 
 
-class UseCounter:
-    """Counts what serves fused units."""
-
-    def __init__(self) -> None:
-        self._counts: dict[tuple[str, str, str | None], int] = {}
-
-    def add(self, unit: tuple[Projection, ...], served_by: Linear | Choice) -> None:
-        """One more unit."""
-        key = (_names(unit), served_by.kernel, served_by.fallback)
-        self._counts[key] = self._counts.get(key, 0) + 1
-
-    def counted(self) -> tuple[KernelUse, ...]:
-        """All so far, in the order of the first of each."""
-        return tuple(KernelUse(*key, count) for key, count in self._counts.items())
-
-
 @dataclass(frozen=True)
 class Bound:
     """A decoder, what serves it, and the bytes of memory it holds beyond the mapped file."""
@@ -119,14 +104,14 @@ class Binder:
 
     def __init__(self, weights: Weights, kernels: Kernels) -> None:
         self._weights, self._kernels, self._spec = weights, kernels, weights.spec
-        self._uses = UseCounter()
+        self._uses: dict[tuple[str, str, str | None], int] = {}
         self._rotaries: dict[Rope, Rotary] = {}
         self.resident_bytes = 0  # of everything bound so far, dropped or not
 
     @property
     def uses(self) -> tuple[KernelUse, ...]:
         """What serves the parts bound so far."""
-        return self._uses.counted()
+        return tuple(KernelUse(*key, count) for key, count in self._uses.items())
 
     def embedding(self) -> torch.Tensor:
         """BF16 [V, hidden]: mapped on the CPU, where a token reads one row, moved elsewhere."""
@@ -246,7 +231,8 @@ class Binder:
         )
 
     def _use(self, unit: tuple[Projection, ...], linear: Linear) -> Linear:
-        self._uses.add(unit, linear)
+        key = (unit_names(unit), linear.kernel, linear.fallback)
+        self._uses[key] = self._uses.get(key, 0) + 1
         return linear
 
 
@@ -260,9 +246,9 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _names(unit: tuple[Projection, ...]) -> str:
+def unit_names(unit: tuple[Projection, ...]) -> str:
     """``model.layers.*.self_attn.{q_proj,k_proj,v_proj}``"""
-    names = [".".join("*" if part.isdecimal() else part for part in p.name.split(".")) for p in unit]
+    names = [pattern(p.name) for p in unit]
     if len(names) == 1:
         return names[0]
     parents = {name.rpartition(".")[0] for name in names}

@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.packing import packed_words
 from lbq.formats.spec import ModelSpec, Projection
-from lbq.runtime.binding import KernelUse, UseCounter, held_bytes
+from lbq.runtime.binding import held_bytes, unit_names
 from lbq.runtime.devices import CUDA_CONTEXT, CUDA_SPARE, Device
-from lbq.runtime.kernels.linear import Matrix
+from lbq.runtime.kernels.linear import Choice, Matrix
+
+
+@dataclass(frozen=True)
+class Served:
+    """``count`` fused units of the same matrix whose names differ in the layer's number alone, and what serves them."""
+
+    units: str
+    matrix: Matrix
+    kernel: str
+    fallback: str | None
+    count: int
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,7 @@ class Needs:
     one text of ``context`` tokens. ``spare``: for activations, graphs and workspaces on a GPU.
     """
 
-    kernels: tuple[KernelUse, ...]
+    units: tuple[Served, ...]
     weights: int
     cache: int
     context: int
@@ -40,17 +51,19 @@ def needs(
 
     ``context`` is by default what a GPU takes unasked where its memory allows it.
     """
-    uses = UseCounter()
+    counts: dict[tuple[str, Matrix, Choice], int] = {}
     on_gpu = device.device.type == "cuda"
     weights = 2 * spec.vocab_size * spec.hidden_size if on_gpu and not spec.tied else 0
     for unit in spec.units():
         matrix = _matrix(unit, quantized)
         choice = device.choose(matrix)
-        uses.add(unit, choice)
+        key = (unit_names(unit), matrix, choice)
+        counts[key] = counts.get(key, 0) + 1
         weights += held_bytes(choice, len(unit), _stored_bytes(matrix))
     context = context or min(spec.context, CUDA_CONTEXT)
     cache = context * _token_bytes(spec, device.cache_dtype.itemsize)
-    return Needs(uses.counted(), weights, cache, context, CUDA_SPARE if on_gpu else 0)
+    units = tuple(Served(name, matrix, by.kernel, by.fallback, n) for (name, matrix, by), n in counts.items())
+    return Needs(units, weights, cache, context, CUDA_SPARE if on_gpu else 0)
 
 
 def _matrix(unit: tuple[Projection, ...], quantized: Mapping[str, QuantizedModule]) -> Matrix:

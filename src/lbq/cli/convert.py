@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lbq.cli.display import Size, note, pattern, plain, print_json, progress, size, steps, table
-from lbq.cli.options import Wish, quantization_options
+from lbq.cli.display import Size, note, plain, print_json, progress, size, steps, table
+from lbq.cli.options import Wish, quantization_options, readers_option
+from lbq.cli.plan import show
 from lbq.cli.quality import score_rows, text_line
 from lbq.formats.disk import readable
 
@@ -24,7 +25,7 @@ REPORT_HELP = "weights: their errors; kl: also what became of the model's next t
 @click.command()
 @click.argument("model")
 @quantization_options()
-@click.option("--for", "readers", metavar="TOOLS", help="vllm,sglang: store groups that their fast kernels take.")
+@readers_option
 @click.option("--out", type=click.Path(path_type=Path), help="The artifact's folder.  [./NAME-int4-g256]")
 @click.option("--report", type=click.Choice(["weights", "kl"]), default="weights", show_default=True, help=REPORT_HELP)
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text for --report kl.  [English prose]")
@@ -38,7 +39,7 @@ REPORT_HELP = "weights: their errors; kl: also what became of the model's next t
 def convert(
     model: str,
     wish: Wish,
-    readers: str | None,
+    readers: tuple[str, ...],
     out: Path | None,
     report: Literal["weights", "kl"],
     text: Path | None,
@@ -60,7 +61,7 @@ def convert(
 
     measured = ReportRequest(report, text, report_tokens)
     request = wish.request(
-        readers=tuple(name.strip() for name in readers.split(",")) if readers else (),
+        readers=readers,
         max_shard_bytes=max_shard_bytes,
         strict=strict,
     )
@@ -72,7 +73,9 @@ def convert(
     for line in prepared.plan.notes:
         note(line)
     if dry_run:
-        _print_plan(prepared, target, as_json)
+        from lbq.planning import forecast
+
+        show(forecast(prepared, target, device), as_json)
         return
     done = _write(prepared, measured, target, overwrite=overwrite, device=device)
     _print_result(done, model, as_json)
@@ -110,44 +113,6 @@ def _write(
             measure=measure if measurement else None,
             on_progress=bar.advance,
         )
-
-
-def _print_plan(prepared: Prepared, target: Path, as_json: bool) -> None:
-    from lbq.quantizer.plan import Quantize
-
-    plan = prepared.plan
-    if as_json:
-        summary = {
-            "path": readable(target),
-            "bytes": plan.nbytes,
-            "bits_per_weight": plan.bits_per_weight,
-            "peak_bytes": prepared.peak_bytes,
-            "notes": plan.notes,
-            "quantized": plan.quantized,
-            "dense": plan.dense,
-        }
-        print_json(summary)
-        return
-    rows: dict[tuple[str, ...], list[int]] = {}
-    for step in plan.steps:
-        if isinstance(step, Quantize):
-            entry = step.entry
-            group = "row" if entry.group == entry.k else str(entry.group)
-            key = (pattern(step.module), f"{entry.n}×{entry.k}", f"INT{entry.bits}", group)
-        else:
-            key = (pattern(step.name), "×".join(map(str, step.shape)), "BF16", "")
-        found = rows.setdefault(key, [0, 0])
-        found[0] += 1
-        found[1] += sum(tensor.nbytes for tensor in step.outputs())
-    table(
-        f"{target} (not written)",
-        ("tensors", "shape", "becomes", "group", "count", "size"),
-        [(*key, str(count), size(nbytes)) for key, (count, nbytes) in rows.items()],
-    )
-    click.echo(
-        f"{size(plan.nbytes)} in all, {plan.bits_per_weight:.2f} bits a quantized weight, "
-        f"from {size(prepared.source_bytes)}; about {size(prepared.peak_bytes)} of memory on top of Python's"
-    )
 
 
 def _print_result(done: Conversion, model: str, as_json: bool) -> None:

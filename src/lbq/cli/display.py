@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lbq.formats.wording import pattern as pattern
 from lbq.formats.wording import plain as plain
 from lbq.formats.wording import size as size
 
@@ -32,11 +33,6 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 def print_json(value: object) -> None:
     """Print a value as indented JSON."""
     click.echo(msgspec.json.format(msgspec.json.encode(value)))
-
-
-def pattern(name: str) -> str:
-    """``model.layers.*.mlp.down_proj``: a name with its numbers left out."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 class Size(click.ParamType[int]):

@@ -70,3 +70,17 @@ def quantization_options(*, at_load: bool = False) -> Callable[[Callable[..., No
         return functools.reduce(lambda decorated, option: option(decorated), reversed(options), with_wish)
 
     return decorate
+
+
+def _split(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
+    del context, option
+    return tuple(name.strip() for name in value.split(",")) if value else ()
+
+
+readers_option = click.option(
+    "--for",
+    "readers",
+    metavar="TOOLS",
+    callback=_split,
+    help="vllm,sglang: store groups that their fast kernels take.",
+)
