@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,7 @@ _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file: its size in bytes and the sha256 of its content in hexadecimal. Also part of the manifest."""
 
-    size: Annotated[int, msgspec.Meta(ge=0)]
+    size: Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -78,6 +78,25 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(descriptor, data[:BLOCK], offset)
         data, offset = data[count:], offset + count
+
+
+def write_file(path: Path, content: bytes) -> FileEntry:
+    """Write a small file, which appears whole and synced or not at all; it takes the place of a file that is there."""
+    part = path.with_name(f"{path.name}.part")
+    with storage_errors(path, len(content)):
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                write_at(descriptor, memoryview(content), 0)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(part, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(part)
+            raise
+    return FileEntry(len(content), hashlib.sha256(content).hexdigest())
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> FileEntry:

@@ -11,10 +11,11 @@ from lbq.formats import json_file
 from lbq.formats.disk import FileEntry, check_plain_name
 from lbq.formats.errors import DataError, StorageError
 from lbq.formats.scheme import Scheme
-from lbq.formats.spec import Count, ModelSpec, Name, Part, Positive
+from lbq.formats.spec import Bounded, Count, ModelSpec, Name, Part, Positive
 
 MANIFEST = "lbq.json"
 REPORT = "report.json"
+PAGE = "report.html"  # the report to look at; not every artifact has it
 VERSION = 1
 CHECKPOINT = "a checkpoint is made into one by lbq convert, or quantized at load by lbq run --bits 4"
 
@@ -85,12 +86,12 @@ class Summary(Part, frozen=True):
     """The report's totals over quantised weights, each weight counted once."""
 
     weights: int
-    bits_per_weight: float  # codes and scales
-    cosine: float
-    worst_cosine: float
-    relative_error: float
-    kl: float | None = None  # mean divergence from the source's distributions in nats, where the report measured it
-    same_top1: float | None = None  # likewise, the share of positions with the source's most probable token
+    bits_per_weight: Bounded  # codes and scales
+    cosine: Bounded
+    worst_cosine: Bounded
+    relative_error: Bounded
+    kl: Bounded | None = None  # mean divergence from the source's distributions in nats, where the report measured it
+    same_top1: Bounded | None = None  # likewise, the share of positions with the source's most probable token
 
 
 class Manifest(Part, frozen=True):

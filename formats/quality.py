@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lbq.formats.spec import Name, Part
+from lbq.formats.spec import Bounded, Name, Part
 
 EVALUATION_VERSION = 1
 
@@ -10,26 +10,26 @@ EVALUATION_VERSION = 1
 class Estimate(Part, frozen=True):
     """A mean over positions and its standard error; None where a single window gives no error."""
 
-    mean: float
-    standard_error: float | None
+    mean: Bounded
+    standard_error: Bounded | None
 
 
 class Divergence(Part, frozen=True):
     """KL(reference ‖ artifact) of the next-token distributions, in nats, over positions."""
 
-    mean: float
-    standard_error: float | None
-    p50: float
-    p90: float
-    p99: float
-    max: float
+    mean: Bounded
+    standard_error: Bounded | None
+    p50: Bounded
+    p90: Bounded
+    p99: Bounded
+    max: Bounded
 
 
 class LogitCosine(Part, frozen=True):
     """Cosine of the two vectors of logits, over positions."""
 
-    mean: float
-    least: float
+    mean: Bounded
+    least: Bounded
 
 
 class Perplexity(Part, frozen=True):
@@ -66,8 +66,8 @@ class Text(Part, frozen=True):
 class Weights(Part, frozen=True):
     """From the artifact's manifest: bits a quantised weight, and the weights' cosine to their source."""
 
-    bits_per_weight: float
-    cosine: float
+    bits_per_weight: Bounded
+    cosine: Bounded
 
 
 class Evaluation(Part, frozen=True):
@@ -100,10 +100,10 @@ class FrontierPoint(Part, frozen=True):
     divergences, ``measured_kl`` that of the whole model where it was measured.
     """
 
-    bits_per_weight: float  # codes and scales
+    bits_per_weight: Bounded  # codes and scales
     nbytes: int
     bits: tuple[int, ...]
-    predicted_kl: float
+    predicted_kl: Bounded
     measured_kl: Estimate | None = None
 
 

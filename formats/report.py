@@ -10,7 +10,7 @@ from lbq.formats import json_file
 from lbq.formats.errors import DataError
 from lbq.formats.manifest import REPORT, Manifest
 from lbq.formats.quality import Quality
-from lbq.formats.spec import Part
+from lbq.formats.spec import Bounded, Part
 
 VERSION = 1
 
@@ -27,9 +27,9 @@ class ModuleReport(Part, frozen=True):
     k: int
     bits: int
     group: int
-    cosine: float
-    relative_error: float
-    worst_row_error: float
+    cosine: Bounded
+    relative_error: Bounded
+    worst_row_error: Bounded
     worst_row: int
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
+Bounded = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]  # whatever is done with it stays finite
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 MAX_LAYERS = 4096
@@ -101,6 +102,10 @@ class Layer(Part, frozen=True):
     mlp_norm: Norm
     mlp: FeedForward
 
+    def units(self) -> tuple[tuple[Projection, ...], ...]:
+        """Fused units in the order of execution, names still holding ``{i}``."""
+        return (self.mixer.qkv, (self.mixer.out,), self.mlp.gate_up, (self.mlp.down,))
+
 
 class ModelSpec(Part, frozen=True):
     """A decoder: embedding, layers, norm, head. ``layers[i]`` says which of ``layer_kinds`` layer i is."""
@@ -133,8 +138,7 @@ class ModelSpec(Part, frozen=True):
 
     def layer_units(self, i: int) -> Iterator[tuple[Projection, ...]]:
         """Fused units of layer ``i`` in the order of execution."""
-        layer = self.layer(i)
-        for unit in (layer.mixer.qkv, (layer.mixer.out,), layer.mlp.gate_up, (layer.mlp.down,)):
+        for unit in self.layer(i).units():
             yield tuple(p.at(i) for p in unit)
 
     def units(self) -> Iterator[tuple[Projection, ...]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from contextlib import suppress
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lbq.formats.disk import FileEntry, check_plain_name, shown, storage_errors, sync_folder, write_at
+from lbq.formats.disk import FileEntry, check_plain_name, shown, storage_errors, sync_folder, write_file
 from lbq.formats.errors import BusyError, DataError, StorageError, UsageError
 from lbq.formats.manifest import MANIFEST, file_names
 
@@ -116,17 +115,7 @@ class StagedFolder:
 
     def add_file(self, name: str, content: bytes) -> FileEntry:
         """Write a small file."""
-        path = self.path(name)
-        part = path.with_name(name + ".part")
-        with storage_errors(path, len(content)):
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            try:
-                write_at(descriptor, memoryview(content), 0)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.rename(part, path)
-        return FileEntry(len(content), hashlib.sha256(content).hexdigest())
+        return write_file(self.path(name), content)
 
     def commit(self) -> None:
         """Put the folder in the place of the target; the last step, after the manifest has been added.

@@ -17,7 +17,7 @@ from lbq.formats import report as reports
 from lbq.formats.compressed_tensors import quantization_config
 from lbq.formats.disk import FileEntry, check_plain_name, require_space
 from lbq.formats.errors import DeviceError, UsageError
-from lbq.formats.manifest import MANIFEST, REPORT, Manifest, Method
+from lbq.formats.manifest import MANIFEST, PAGE, REPORT, Manifest, Method
 from lbq.formats.packing import PackedWeight
 from lbq.formats.quality import Quality
 from lbq.formats.report import ModuleReport, Report
@@ -38,6 +38,7 @@ SPARE_BYTES = 64 << 20  # small files and headers, on top of the tensors
 
 OnProgress = Callable[[str, int], None]  # name of the tensor, bytes of the source that were consumed
 Measure = Callable[[Path], Quality]  # what a whole artifact's report gets, see write_artifact
+MakePage = Callable[[Manifest, Report], bytes]  # the report to look at: lbq.page.render
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,13 @@ def write_artifact(
     overwrite: bool = False,
     device: str = "auto",
     measure: Measure | None = None,
+    page: MakePage | None = None,
     on_progress: OnProgress | None = None,
 ) -> Conversion:
     """Convert into the folder ``out``, which appears whole or not at all.
 
     ``measure`` is called once with a folder that is the artifact in all but its name, before it appears as ``out``;
-    what it returns becomes part of the report, and what it raises leaves no artifact.
+    what it returns becomes part of the report, and what it raises leaves no artifact. ``page`` makes ``report.html``.
 
     ``device`` is ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``. Raises BusyError if somebody else converts
     into ``out``, StorageError for the disk, DataError for a weight that cannot be quantised, UsageError and DeviceError
@@ -207,6 +209,9 @@ def write_artifact(
                 manifest.summary, kl=quality.scores.kl.mean, same_top1=quality.scores.same_top1.mean
             )
             manifest = _seal(stage, msgspec.structs.replace(manifest, summary=summary), report)
+        if page is not None:
+            made = {PAGE: stage.add_file(PAGE, page(manifest, report))}
+            manifest = _seal(stage, msgspec.structs.replace(manifest, files=manifest.files | made), report)
         stage.commit()
     return Conversion(out, manifest, report)
 

@@ -32,7 +32,7 @@ def modules() -> set[str]:
         for path in folder.rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    return {name for name in found if name.endswith((".py", "py.typed", ".txt"))}
+    return {name for name in found if name.endswith((".py", "py.typed", ".txt", ".jinja", ".css"))}
 
 
 def test_wheel(dist: Path) -> None:
@@ -60,6 +60,7 @@ def test_the_parts_of_the_package() -> None:
         "cli/__init__.py",
         "py.typed",
         "evaluation/english.txt",
+        "page/page.css",
     ):
         assert f"lbq/{name}" in names
 

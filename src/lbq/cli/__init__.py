@@ -20,6 +20,7 @@ from lbq.cli.evaluate import evaluate
 from lbq.cli.hub import pull
 from lbq.cli.inspect import inspect
 from lbq.cli.plan import plan
+from lbq.cli.report import report
 from lbq.cli.run import run
 from lbq.cli.sweep import sweep
 from lbq.cli.verify import verify
@@ -41,7 +42,7 @@ def cli() -> None:
     """
 
 
-for command in (plan, convert, inspect, verify, evaluate, compare, sweep, run, pull):
+for command in (plan, convert, inspect, verify, report, evaluate, compare, sweep, run, pull):
     cli.add_command(command)
 
 

@@ -91,6 +91,7 @@ def _write(
 ) -> Conversion:
     """Convert, and measure: with one bar after the other."""
     from lbq.evaluation.report import Measurement
+    from lbq.page import render
     from lbq.quantizer.convert import write_artifact
 
     measurement = None if request.kind == "weights" else Measurement(request, prepared, device)
@@ -111,6 +112,7 @@ def _write(
             overwrite=overwrite,
             device=device,
             measure=measure if measurement else None,
+            page=render if measurement else None,
             on_progress=bar.advance,
         )
 
