@@ -47,10 +47,9 @@ class DenseTensor(Part, frozen=True):
     dtype: Literal["bfloat16"] = "bfloat16"
 
 
-class Method(Part, frozen=True):
-    """How codes were found, and the settings asked for."""
+class Method(Part, frozen=True, tag_field="name", tag="rtn"):
+    """How codes were found, and the settings asked for. By itself: round to nearest."""
 
-    name: Literal["rtn"]
     scale_rules: dict[str, str]  # by bits
     bits: int | None  # None: chosen unit by unit for target_bpw
     group: Count | None
@@ -63,6 +62,31 @@ class Method(Part, frozen=True):
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.target_bpw is None):
             raise ValueError("either bits or target_bpw")
+
+    @property
+    def name(self) -> str:
+        """``rtn`` or ``autoround``, the tag in the file."""
+        return str(self.__struct_config__.tag)
+
+
+class Calibration(Part, frozen=True):
+    """The text that a method was calibrated on."""
+
+    name: str  # of the file, or of the Hub dataset
+    sha256: str  # of the file, or of the dataset's texts
+    samples: Count
+    tokens: Count  # of each sample
+    tokens_sha256: str  # of all token ids, int64 and little-endian, sample after sample
+
+
+class AutoRound(Method, frozen=True, kw_only=True, tag="autoround"):
+    """Rounding tuned block by block with the auto-round package; ``scale_rules`` are of what it left to RTN."""
+
+    iterations: int  # 0: auto-round's round to nearest, without calibration
+    batch: Count
+    seed: int
+    device: Literal["cpu", "cuda"]
+    calibration: Calibration | None
 
 
 class License(Part, frozen=True):
@@ -101,7 +125,7 @@ class Manifest(Part, frozen=True):
     spec: ModelSpec
     quantized: dict[Name, QuantizedModule]
     dense: dict[Name, DenseTensor]
-    method: Method
+    method: Method | AutoRound
     source: Source
     tools: dict[str, str]
     summary: Summary

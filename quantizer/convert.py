@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +11,13 @@ from typing import Literal
 import msgspec
 import torch
 
-from lbq import __version__
 from lbq.formats import json_file
 from lbq.formats import manifest as manifests
 from lbq.formats import report as reports
 from lbq.formats.compressed_tensors import quantization_config
 from lbq.formats.disk import FileEntry, check_plain_name, require_space
 from lbq.formats.errors import DeviceError, UsageError
-from lbq.formats.manifest import MANIFEST, PAGE, REPORT, Manifest, Method
+from lbq.formats.manifest import MANIFEST, PAGE, REPORT, Manifest
 from lbq.formats.packing import PackedWeight
 from lbq.formats.quality import Quality
 from lbq.formats.report import ModuleReport, Report
@@ -25,12 +25,18 @@ from lbq.formats.safetensors_file import INDEX, Checkpoint, open_checkpoint
 from lbq.formats.spec import ModelSpec
 from lbq.formats.staging import StagedFolder, check_target
 from lbq.formats.tokenizer_file import TOKENIZER
-from lbq.quantizer import tensors
+from lbq.quantizer import methods, tensors
+from lbq.quantizer.autoround.run import OnProgress as OnTuned
+from lbq.quantizer.autoround.run import Progress as Tuned
+from lbq.quantizer.autoround.run import Sizes, sizes
+from lbq.quantizer.autoround.settings import make_tuning
+from lbq.quantizer.autoround.work import Work
+from lbq.quantizer.calibration import Calibration
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.measure import Meter, Totals
+from lbq.quantizer.methods import Weights
 from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
 from lbq.quantizer.request import SHARD_BYTES, Request, make_request
-from lbq.quantizer.rtn import DEFAULT_RULES
 from lbq.quantizer.shards import Shards
 from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, resolve
 
@@ -53,6 +59,7 @@ class Prepared:
     unknown_keys: tuple[str, ...]  # of config.json
     first_notes: tuple[str, ...]  # those of the plan that do not come from the request
     head_differs: bool  # see make_plan
+    calibration: Calibration | None  # None: the method reads no text
 
     @property
     def source_bytes(self) -> int:
@@ -66,14 +73,23 @@ class Prepared:
             self.checkpoint.info(step.source).nbytes + sum(tensor.nbytes for tensor in step.outputs())
             for step in self.plan.steps
         )
-        return worst + 8 * 4 * tensors.CPU_BLOCK
+        return max(worst + 8 * 4 * tensors.CPU_BLOCK, self.tuning_sizes.memory)
+
+    @property
+    def tuning_sizes(self) -> Sizes:
+        """What the method needs while it works: nothing for round to nearest."""
+        if self.request.tuning is None:
+            return Sizes(0, 0)
+        shape = (1, 1) if self.calibration is None else tuple(self.calibration.tokens.shape)
+        return sizes(self.plan, self.request.tuning, *shape)
 
     def default_name(self) -> str:
-        """``NAME-int4-g256``, ``NAME-3.5bpw-g256``: the label, bits and group that were asked for."""
+        """``NAME-int4-g256``, ``NAME-3.5bpw-g256``, ``NAME-int4-g128-autoround``: what was asked for."""
         scheme, mixed = self.request.scheme, self.request.mixed
         bits = f"int{scheme.bits}" if mixed is None else f"{mixed.target_bpw:g}bpw"
         group = f"g{scheme.group}" if scheme.group else "row"
-        return f"{self.source.label}-{bits}-{group}"
+        method = "" if self.request.tuning is None else "-autoround"
+        return f"{self.source.label}-{bits}-{group}{method}"
 
 
 @dataclass(frozen=True)
@@ -100,15 +116,35 @@ def convert(
     device: str = "auto",
     strict: bool = False,
     overwrite: bool = False,
+    method: str = "rtn",
+    iters: int | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    calib: str | None = None,
+    restart: bool = False,
     on_progress: OnProgress | None = None,
+    on_tuned: OnTuned | None = None,
 ) -> Conversion:
     """Quantize ``model``, a folder or a Hub id, into the folder ``out`` (default: ``./NAME-int4-g256``).
 
     The arguments are those of ``lbq convert``; ``group`` None is one scale a row at 8 bits and 128 below,
-    ``overrides`` are ``PATTERN=BITS``. What differs from the request is in the result's ``manifest.notes``.
+    ``overrides`` are ``PATTERN=BITS``; ``iters`` to ``restart`` are for ``method="autoround"``. What differs from the
+    request is in the result's ``manifest.notes``.
 
     Raises an LbqError of any kind; nothing stands under ``out`` then.
     """
+    tuning = make_tuning(
+        method,
+        iters=iters,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        batch_size=batch_size,
+        seed=seed,
+        calib=calib,
+        restart=restart,
+    )
     request = make_request(
         bits,
         group,
@@ -118,12 +154,21 @@ def convert(
         readers=readers,
         max_shard_bytes=max_shard_bytes,
         strict=strict,
+        tuning=tuning,
     )
     if out is not None:
         check_output(model, Path(out), overwrite=overwrite)
     prepared = prepare(resolve(model, revision), request)
     target = Path(out) if out is not None else Path(prepared.default_name())
-    return write_artifact(prepared, target, overwrite=overwrite, device=device, on_progress=on_progress)
+    return write_artifact(
+        prepared,
+        target,
+        overwrite=overwrite,
+        device=device,
+        restart=restart,
+        on_progress=on_progress,
+        on_tuned=on_tuned,
+    )
 
 
 def check_output(model: str | Path, out: Path, *, overwrite: bool) -> None:
@@ -131,10 +176,17 @@ def check_output(model: str | Path, out: Path, *, overwrite: bool) -> None:
     check_target(out, Path(model) if Path(model).is_dir() else None, overwrite=overwrite)
 
 
-def prepare(source: SourceFolder, request: Request) -> Prepared:
-    """Read config, headers and tokenizer, and decide; no weights, unless a tied checkpoint saves a head too.
+def unfinished(out: Path) -> bool:
+    """Whether an interrupted conversion into ``out`` has left work with which another call goes on."""
+    return Work.of(Path(os.path.realpath(out))).folder.is_dir()
 
-    Raises DataError and UsageError before any output exists.
+
+def prepare(source: SourceFolder, request: Request) -> Prepared:
+    """Read config, headers, tokenizer and calibration text, and decide; no weights, unless a tied checkpoint saves a
+    head too.
+
+    Raises DataError and UsageError, and what :func:`~lbq.quantizer.calibration.calibrate` raises, before any output
+    exists.
     """
     adapted = read_spec(source.folder)
     check_tokenizer(source.folder, adapted.spec.vocab_size)
@@ -144,9 +196,11 @@ def prepare(source: SourceFolder, request: Request) -> Prepared:
         notes.append(f"config.json: unknown keys are ignored: {', '.join(adapted.unknown_keys)}")
     if not (source.folder / TOKENIZER).is_file():
         notes.append(f"no {TOKENIZER}: the artifact has no text until the tokenizer is saved in this form")
+    calibration = methods.read_calibration(request, source.folder, adapted.spec.context, notes)
     differs = head_differs(adapted.spec, checkpoint)
     plan = make_plan(adapted.spec, checkpoint, request, notes, differs)
-    return Prepared(source, request, checkpoint, plan, adapted.spec, adapted.unknown_keys, tuple(notes), differs)
+    spec, unknown = adapted.spec, adapted.unknown_keys
+    return Prepared(source, request, checkpoint, plan, spec, unknown, tuple(notes), differs, calibration)
 
 
 def replan(prepared: Prepared, request: Request) -> Prepared:
@@ -164,10 +218,13 @@ def write_artifact(
     device: str = "auto",
     measure: Measure | None = None,
     page: MakePage | None = None,
+    restart: bool = False,
     on_progress: OnProgress | None = None,
+    on_tuned: OnTuned | None = None,
 ) -> Conversion:
     """Convert into the folder ``out``, which appears whole or not at all.
 
+    A method that takes long keeps finished work beside ``out``, and a later call goes on there; ``restart`` drops it.
     ``measure`` is called once with a folder that is the artifact in all but its name, before it appears as ``out``;
     what it returns becomes part of the report, and what it raises leaves no artifact. ``page`` makes ``report.html``.
 
@@ -178,12 +235,27 @@ def write_artifact(
     source, plan = prepared.source, prepared.plan
     on_device = _find_device(device)
     check_target(out, source.folder, overwrite=overwrite)
-    require_space(out, plan.nbytes + SPARE_BYTES)
+    kept = 0 if restart else Work.of(Path(os.path.realpath(out))).nbytes()
+    require_space(out, plan.nbytes + SPARE_BYTES + max(0, prepared.tuning_sizes.disk - kept))
     small = _small_files(prepared)
     sources = [source.folder / "config.json", *source.companions(), *_weight_files(prepared)]
     with StagedFolder(out, overwrite=overwrite, source=source.folder) as stage, Hasher(sources) as hasher:
         try:
-            files, modules, totals = _write_shards(prepared, stage, on_device, on_progress or _quiet)
+            weights: Weights = methods.Rounded(prepared.checkpoint, on_device)
+            if prepared.request.tuning is not None:
+                weights = methods.tuned(
+                    prepared.request,
+                    source.folder,
+                    plan,
+                    prepared.checkpoint,
+                    prepared.calibration,
+                    hasher.result(),
+                    stage.target,
+                    on_device,
+                    restart=restart,
+                    on_progress=on_tuned or _nothing,
+                )
+            files, modules, totals = _write_shards(prepared, stage, weights, on_progress or _quiet)
         except torch.OutOfMemoryError:
             raise DeviceError(f"device {on_device}: out of memory; free some or convert with --device cpu") from None
         report = Report(reports.VERSION, tuple(modules), plan.notes)
@@ -194,9 +266,9 @@ def write_artifact(
             spec=plan.spec,
             quantized=plan.quantized,
             dense=plan.dense,
-            method=_method(prepared.request),
+            method=methods.described(prepared.request, prepared.calibration, on_device),
             source=manifests.Source(source.name, source.revision, hasher.result(), source.license()),
-            tools={"lbq": __version__, "torch": str(torch.__version__)},
+            tools=methods.tools(prepared.request),
             summary=totals.summary(plan.bits_per_weight),
             notes=plan.notes,
             files=files,
@@ -213,6 +285,7 @@ def write_artifact(
             made = {PAGE: stage.add_file(PAGE, page(manifest, report))}
             manifest = _seal(stage, msgspec.structs.replace(manifest, files=manifest.files | made), report)
         stage.commit()
+        weights.finish()
     return Conversion(out, manifest, report)
 
 
@@ -237,19 +310,9 @@ def _quiet(name: str, count: int) -> None:
     del name, count
 
 
-def _method(request: Request) -> Method:
-    scheme, mixed = request.scheme, request.mixed
-    return Method(
-        name="rtn",
-        scale_rules={str(bits): rule.value for bits, rule in sorted(DEFAULT_RULES.items())},
-        bits=scheme.bits if mixed is None else None,
-        group=scheme.group,
-        lm_head=request.lm_head or (8 if mixed is None else None),
-        keep=request.keep,
-        set=tuple(override.text for override in request.overrides),
-        readers=request.readers,
-        target_bpw=None if mixed is None else mixed.target_bpw,
-    )
+def _nothing(progress: Tuned) -> None:
+    """Likewise."""
+    del progress
 
 
 def _weight_files(prepared: Prepared) -> list[Path]:
@@ -274,7 +337,7 @@ def head_differs(spec: ModelSpec, checkpoint: Checkpoint) -> bool:
 
 
 def _write_shards(
-    prepared: Prepared, stage: StagedFolder, device: torch.device, on_progress: OnProgress
+    prepared: Prepared, stage: StagedFolder, weights: Weights, on_progress: OnProgress
 ) -> tuple[dict[str, FileEntry], list[ModuleReport], Totals]:
     """All safetensors files, each written front to back while its tensors are made."""
     plan = prepared.plan
@@ -288,7 +351,7 @@ def _write_shards(
                 on_progress(step.name, checkpoint.info(step.source).nbytes)
             else:
                 meter = Meter()
-                packed = _quantized(prepared, step, device, meter, on_progress)
+                packed = _quantized(prepared, step, weights, meter, on_progress)
                 for output, tensor in zip(step.outputs(), packed, strict=True):
                     shards.write(output.name, tensor)
                 modules.append(meter.report(step.module, step.entry))
@@ -298,7 +361,7 @@ def _write_shards(
 
 
 def _quantized(
-    prepared: Prepared, step: Quantize, device: torch.device, meter: Meter, on_progress: OnProgress
+    prepared: Prepared, step: Quantize, weights: Weights, meter: Meter, on_progress: OnProgress
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Words, scales and shape of one linear layer; the meter sees every block of rows."""
     item_bytes = prepared.checkpoint.info(step.source).dtype.itemsize
@@ -307,7 +370,7 @@ def _quantized(
         meter.add(block, packed.dequantize())
         on_progress(step.module, block.numel() * item_bytes)
 
-    packed = tensors.quantized(prepared.checkpoint, step, device, measure)
+    packed = weights.packed(step, measure)
     return packed.words, packed.scales, torch.tensor([step.entry.n, step.entry.k], dtype=torch.int64)
 
 

@@ -25,6 +25,7 @@ from lbq.quantizer.request import DEFAULT_GROUP, READERS_GROUP, Request, matches
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIFFERS = "the config ties the head to the embedding, the checkpoint saves another: the saved one is used"
+TUNED_SIDES = 32  # auto-round leaves layers alone whose sides are no multiples of it
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry and every reader recomputes
 
 
@@ -36,6 +37,11 @@ class Quantize:
     source: str  # tensor of the checkpoint
     group: int
     entry: QuantizedModule
+
+    @property
+    def tunable(self) -> bool:
+        """Whether auto-round takes a layer of this shape."""
+        return self.entry.n % TUNED_SIDES == 0 and self.entry.k % TUNED_SIDES == 0
 
     def outputs(self) -> tuple[TensorPlan, ...]:
         """The tensors that are written."""
@@ -121,11 +127,21 @@ def make_plan(
     plan = _decide(spec, checkpoint, _schemes(spec, request, notes), request.readers, head_differs, notes)
     if "sglang" in request.readers and any(entry.bits == 3 for entry in plan.quantized.values()):
         notes.append("SGLang does not read 3-bit weights")
+    if request.tuning is not None and (left := untuned(plan)):
+        notes.append(
+            f"{_layers(left)} of sides not divisible by {TUNED_SIDES}: rounded to nearest, AutoRound leaves them"
+        )
     if request.strict and notes:
         raise UsageError(f"refused under --strict: {notes[0]}" + (f" (and {len(notes) - 1} more)" if notes[1:] else ""))
     if not plan.quantized:
         raise UsageError("nothing would be quantized: every linear layer is kept")
     return replace(plan, notes=tuple(notes))
+
+
+def untuned(plan: Plan) -> int:
+    """Layers, but for the head, that AutoRound would leave alone."""
+    head = plan.spec.head.name
+    return sum(isinstance(s, Quantize) and s.module != head and not s.tunable for s in plan.steps)
 
 
 def keep_all(spec: ModelSpec, checkpoint: Checkpoint, head_differs: bool = False) -> Plan:

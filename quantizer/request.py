@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lbq.formats.errors import UsageError
 from lbq.formats.packing import BITS, GROUPS
 from lbq.formats.scheme import Scheme
+from lbq.quantizer.autoround.settings import Tuning
 
 READERS = ("vllm", "sglang")
 READERS_GROUP = 128  # the largest group that their fast kernels take
@@ -67,6 +68,7 @@ class Request:
     max_shard_bytes: int = SHARD_BYTES
     strict: bool = False
     mixed: MixedBits | None = None
+    tuning: Tuning | None = None  # None: round to nearest
 
     def __post_init__(self) -> None:
         if self.lm_head not in (None, 4, 8, 16):
@@ -125,6 +127,7 @@ def make_request(
     readers: Sequence[str] = (),
     max_shard_bytes: int = SHARD_BYTES,
     strict: bool = False,
+    tuning: Tuning | None = None,
 ) -> Request:
     """A request from plain values, as the command line and :func:`lbq.convert` take them. Raises UsageError."""
     base = scheme(bits, group)
@@ -136,4 +139,5 @@ def make_request(
         tuple(readers),
         max_shard_bytes,
         strict,
+        tuning=tuning,
     )

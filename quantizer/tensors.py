@@ -31,6 +31,11 @@ def dense(checkpoint: Checkpoint, step: Keep) -> torch.Tensor:
     return tensor
 
 
+def check(checkpoint: Checkpoint, step: Keep | Quantize) -> None:
+    """Raise DataError for NaN or infinity in a tensor of the source, also one that the rounding to BF16 would make."""
+    dense(checkpoint, Keep("", step.source, ()))
+
+
 def quantized(
     checkpoint: Checkpoint,
     step: Quantize,

@@ -79,8 +79,10 @@ class Forecast:
     bits_per_weight: float
     source_bytes: int
     peak_bytes: int  # of memory on top of the interpreter's, to convert
+    disk_bytes: int  # to convert, the artifact among them
     disk_free: int
-    timing: Timing | None  # None: the device is not here
+    method: Literal["rtn", "autoround"]
+    timing: Timing | None  # None: the device is not here, or only the work itself tells
     device: Literal["cpu", "cuda"]  # whose kernels ``layers`` names
     tensors: tuple[TensorPlan, ...]
     layers: tuple[LayerPlan, ...]
@@ -107,14 +109,17 @@ def forecast(
     on_cpu = needs(spec, plan.quantized, CpuDevice(exact=False), context)
     on_gpu = needs(spec, plan.quantized, CudaDevice(exact=False), context)
     here = kind == "cpu" or has_gpu
+    tuned = prepared.request.tuning is not None
     return Forecast(
         path=readable(out),
         bytes=plan.nbytes,
         bits_per_weight=plan.bits_per_weight,
         source_bytes=prepared.source_bytes,
         peak_bytes=prepared.peak_bytes,
+        disk_bytes=plan.nbytes + prepared.tuning_sizes.disk,
         disk_free=free_bytes(out),
-        timing=estimate(prepared, out, torch.device(kind)) if here else None,
+        method="autoround" if tuned else "rtn",
+        timing=estimate(prepared, out, torch.device(kind)) if here and not tuned else None,
         device=kind,
         tensors=_tensors(plan),
         layers=tuple(map(_layer, (on_gpu if kind == "cuda" else on_cpu).units)),

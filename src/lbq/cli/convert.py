@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lbq.cli.display import Size, note, plain, print_json, progress, size, steps, table
-from lbq.cli.options import Wish, quantization_options, readers_option
+from lbq.cli.display import Size, blocks, note, plain, print_json, progress, size, steps, table
+from lbq.cli.options import Method, Wish, method_options, quantization_options, readers_option
 from lbq.cli.plan import show
 from lbq.cli.quality import score_rows, text_line
 from lbq.formats.disk import readable
@@ -26,6 +26,7 @@ REPORT_HELP = "weights: their errors; kl: also what became of the model's next t
 @click.argument("model")
 @quantization_options()
 @readers_option
+@method_options()
 @click.option("--out", type=click.Path(path_type=Path), help="The artifact's folder.  [./NAME-int4-g256]")
 @click.option("--report", type=click.Choice(["weights", "kl"]), default="weights", show_default=True, help=REPORT_HELP)
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text for --report kl.  [English prose]")
@@ -40,6 +41,7 @@ def convert(
     model: str,
     wish: Wish,
     readers: tuple[str, ...],
+    method: Method,
     out: Path | None,
     report: Literal["weights", "kl"],
     text: Path | None,
@@ -56,14 +58,16 @@ def convert(
     A PATTERN names a layer by whole components of its name, as a shell glob: down_proj, layers.0, layers.[0-3].mlp.
     """
     from lbq.evaluation.report import ReportRequest
-    from lbq.quantizer.convert import check_output, prepare
+    from lbq.quantizer.convert import check_output, prepare, unfinished
     from lbq.quantizer.source import resolve
 
+    tuning = method.tuning()
     measured = ReportRequest(report, text, report_tokens)
     request = wish.request(
         readers=readers,
         max_shard_bytes=max_shard_bytes,
         strict=strict,
+        tuning=tuning,
     )
     if out is not None and not dry_run:
         check_output(model, out, overwrite=overwrite)
@@ -77,7 +81,12 @@ def convert(
 
         show(forecast(prepared, target, device), as_json)
         return
-    done = _write(prepared, measured, target, overwrite=overwrite, device=device)
+    try:
+        done = _write(prepared, measured, target, overwrite=overwrite, restart=method.restart, device=device)
+    except (KeyboardInterrupt, SystemExit):
+        if tuning is not None and unfinished(target):
+            click.echo("lbq: finished blocks are kept; the same command goes on with them", err=True)
+        raise
     _print_result(done, model, as_json)
 
 
@@ -87,6 +96,7 @@ def _write(
     target: Path,
     *,
     overwrite: bool,
+    restart: bool,
     device: Literal["auto", "cpu", "cuda"],
 ) -> Conversion:
     """Convert, and measure: with one bar after the other."""
@@ -98,6 +108,7 @@ def _write(
     if measurement is not None and measurement.device.note:
         note(measurement.device.note)
     with ExitStack() as bars:
+        tuned = bars.enter_context(blocks())
         bar = bars.enter_context(progress("Converting", len(prepared.plan.steps), prepared.source_bytes))
 
         def measure(folder: Path) -> Quality:
@@ -111,9 +122,11 @@ def _write(
             target,
             overwrite=overwrite,
             device=device,
+            restart=restart,
             measure=measure if measurement else None,
             page=render if measurement else None,
             on_progress=bar.advance,
+            on_tuned=tuned,
         )
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TaskID,
     TaskProgressColumn,
@@ -26,6 +28,9 @@ from rich.table import Table
 from lbq.formats.wording import pattern as pattern
 from lbq.formats.wording import plain as plain
 from lbq.formats.wording import size as size
+
+if TYPE_CHECKING:
+    from lbq.quantizer.autoround.run import Progress as Tuned
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -84,6 +89,7 @@ class Bar:
 
     def advance(self, name: str, nbytes: int) -> None:
         """``nbytes`` of the item ``name`` are done."""
+        self._progress.start()  # with the first bytes: something else may be shown before
         self._seen.add(name)
         self._progress.update(self._task, advance=nbytes, name=name, seen=len(self._seen))
 
@@ -100,8 +106,51 @@ def progress(what: str, items: int, nbytes: int) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[name]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    try:
         yield Bar(shown, shown.add_task(what, total=nbytes, seen=0, name=""))
+    finally:
+        shown.stop()
+
+
+@contextmanager
+def blocks() -> Iterator[Callable[[Tuned], None]]:
+    """A line on stderr about blocks that are tuned, which takes hours: renewed in place on a terminal, one a block
+    elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("Tuning"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks, {task.description}"))
+    shown = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
+    task = shown.add_task("loss not known yet")
+    spent: list[float] = []
+
+    def advance(tuned: Tuned) -> None:
+        shown.update(task, completed=tuned.finished, total=tuned.blocks)
+        if tuned.loss is None:
+            shown.start()
+            if not console.is_terminal:
+                click.echo(f"tuning {tuned.blocks} blocks, {tuned.finished} of them finished before", err=True)
+            return
+        spent.append(tuned.seconds)
+        left = duration((tuned.blocks - tuned.finished) * sum(spent) / len(spent))
+        text = f"loss {tuned.loss[0]:.2e} → {tuned.loss[1]:.2e}, {left} left"
+        shown.update(task, description=text)
+        if not console.is_terminal:
+            click.echo(f"block {tuned.finished}/{tuned.blocks}: {text}", err=True)
+        elif tuned.finished == tuned.blocks:
+            shown.stop()
+
+    try:
+        yield advance
+    finally:
+        shown.stop()
+
+
+def duration(seconds: float) -> str:
+    """``2 h 05 min``, ``7 min``, ``40 s``"""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 @contextmanager

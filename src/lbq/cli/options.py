@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from lbq.quantizer.autoround.settings import Tuning
     from lbq.quantizer.request import Request
 
 
@@ -38,6 +39,26 @@ class Wish:
         return make_request(**wanted, **more)
 
 
+@dataclass(frozen=True)
+class Method:
+    """How codes are to be found, as it was given."""
+
+    method: str
+    iters: int | None
+    nsamples: int | None
+    seqlen: int | None
+    batch_size: int | None
+    calib: str | None
+    seed: int | None
+    restart: bool
+
+    def tuning(self) -> Tuning | None:
+        """What the quantizer takes. Raises UsageError."""
+        from lbq.quantizer.autoround.settings import make_tuning
+
+        return make_tuning(**asdict(self))
+
+
 def quantization_options(*, at_load: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """``--bits`` and what goes with it, handed to the command as one argument, ``wish``.
 
@@ -61,13 +82,38 @@ def quantization_options(*, at_load: bool = False) -> Callable[[Callable[..., No
         click.option("--revision", help="Branch, tag or commit on the Hub."),
     )
 
+    return _as_one("wish", Wish, options)
+
+
+def method_options() -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """``--method`` and what goes with it, handed to the command as one argument, ``method``."""
+    options = (
+        click.option("--method", type=click.Choice(["rtn", "autoround"]), default="rtn", show_default=True),
+        click.option("--iters", type=int, help="autoround: steps a block; 0 is its own round to nearest.  [200]"),
+        click.option("--nsamples", type=int, help="autoround: samples of calibration text.  [128]"),
+        click.option("--seqlen", type=int, help="autoround: tokens of a sample.  [2048]"),
+        click.option("--batch-size", type=int, help="autoround: samples a step.  [8]"),
+        click.option(
+            "--calib", metavar="FILE|DATASET", help="autoround: .txt, .json, .jsonl or a Hub dataset.  [pile-10k]"
+        ),
+        click.option("--seed", type=int, help="autoround: of samples and steps.  [42]"),
+        click.option("--restart", is_flag=True, help="autoround: drop what an interrupted run has finished."),
+    )
+    return _as_one("method", Method, options)
+
+
+def _as_one(
+    name: str, kind: type[Wish] | type[Method], options: Sequence[Callable[[Callable[..., None]], Callable[..., None]]]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command these options, and it one argument for all of them."""
+
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def with_wish(**arguments: Any) -> None:
-            wish = Wish(**{name: arguments.pop(name) for name in Wish.__dataclass_fields__})
-            command(wish=wish, **arguments)
+        def with_one(**arguments: Any) -> None:
+            fields = {field: arguments.pop(field) for field in kind.__dataclass_fields__}
+            command(**{name: kind(**fields)}, **arguments)
 
-        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), with_wish)
+        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), with_one)
 
     return decorate
 

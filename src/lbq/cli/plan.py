@@ -13,7 +13,6 @@ from lbq.cli.options import Wish, quantization_options, readers_option
 if TYPE_CHECKING:
     from lbq.formats.readers import Fit
     from lbq.planning import Forecast, Memory
-    from lbq.quantizer.timing import Timing
 
 
 @click.command()
@@ -67,8 +66,8 @@ def show(found: Forecast, as_json: bool) -> None:
         f"from {size(found.source_bytes)}"
     )
     click.echo(
-        f"converts  with {size(found.peak_bytes)} of memory on top of Python's and {size(found.bytes)} of disk "
-        f"({size(found.disk_free)} free), {_time(found.timing)}"
+        f"converts  with {size(found.peak_bytes)} of memory on top of Python's and {size(found.disk_bytes)} of disk "
+        f"({size(found.disk_free)} free), {_time(found)}"
     )
     click.echo(f"runs      with texts of up to {found.cpu.context} tokens, on a CPU in {_memory(found.cpu)}")
     click.echo(f"          on a GPU in {_memory(found.gpu)}{_free(found.gpu)}")
@@ -118,7 +117,10 @@ def _fit(fit: Fit) -> str:
     return f"{fit.text} (slow)" if fit.runs and not fit.fast else fit.text
 
 
-def _time(timing: Timing | None) -> str:
+def _time(found: Forecast) -> str:
+    timing = found.timing
+    if found.method == "autoround":
+        return "in minutes to days: the first blocks will tell"
     if timing is None:
         return "its time not measured: the device is not here"
     known = {"quantizing": timing.quantizing, "reading": timing.reading, "writing": timing.writing}

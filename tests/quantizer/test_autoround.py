@@ -1,0 +1,299 @@
+"""AutoRound conversions: auto-round's own numbers in lbq's format, under lbq's plan."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lbq.formats.artifact import open_artifact
+from lbq.formats.errors import DataError, UsageError
+from lbq.formats.manifest import AutoRound
+from lbq.formats.packing import PackedWeight
+from lbq.formats.safetensors_file import open_checkpoint
+from lbq.quantizer import rtn
+from lbq.quantizer.autoround import tuner
+from lbq.quantizer.autoround.blocks import Blocks
+from lbq.quantizer.autoround.quiet import quiet
+from lbq.quantizer.autoround.run import Progress
+from lbq.quantizer.convert import Conversion, convert
+from lbq.quantizer.families import read_spec
+from lbq.quantizer.plan import keep_all
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light() -> Iterator[None]:
+    """auto-round collects garbage several times a block; not among all that its import has made."""
+    with quiet():
+        import auto_round  # noqa: F401
+    gc.collect()
+    gc.freeze()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    gc.unfreeze()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    letters = random.Random(3).choices("the quick brown fox", k=4000)
+    path.write_text("".join(letters))
+    return str(path)
+
+
+@pytest.fixture
+def tune(text: str, tmp_path: Path) -> Callable[..., Conversion]:
+    """``tune(source, …)``: the smallest conversion that tunes anything."""
+
+    def run(source: Path, out: str = "out", **options: Any) -> Conversion:
+        small = {"iters": 2, "nsamples": 4, "seqlen": 16, "batch_size": 2, "calib": text, "group": 32}
+        return convert(source, tmp_path / out, method="autoround", device="cpu", **{**small, **options})
+
+    return run
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Dequantised weights and scales as auto-round leaves them, by module."""
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    packed = tuner._packed
+
+    def record(linear: Any, step: Any, fallback: PackedWeight) -> PackedWeight:
+        found[step.module] = (linear.weight.detach().clone(), linear.scale.clone())
+        return packed(linear, step, fallback)
+
+    monkeypatch.setattr(tuner, "_packed", record)
+    return found
+
+
+def test_exact(
+    family: str,
+    checkpoints: Mapping[str, Path],
+    tune: Callable[..., Conversion],
+    recorded: dict[str, tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """What a reader dequantises is auto-round's weight, bit for bit."""
+    done = tune(checkpoints[family], bits=3 if family == "qwen3" else 4)
+    layers = [p.name for p in done.manifest.spec.projections() if p.name != "lm_head"]
+    assert sorted(recorded) == sorted(layers)
+    with open_artifact(done.path) as artifact:
+        for module, (weight, scales) in recorded.items():
+            packed = artifact.packed(module)
+            assert torch.equal(packed.dequantize(), weight), module
+            assert torch.equal(packed.scales, scales.view_as(packed.scales)), module
+    assert not os.path.lexists(done.path.with_name(".out.work"))
+
+
+def test_blocks_compute_what_transformers_computes(family: str, checkpoints: Mapping[str, Path]) -> None:
+    """Masks, windows, positions and weights, without ever having the model."""
+    folder = checkpoints[family]
+    length = 24
+    with quiet(), torch.no_grad():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokens = torch.randint(0, 256, (3, length), generator=torch.Generator().manual_seed(0))
+        states = model(tokens, output_hidden_states=True).hidden_states
+    spec, checkpoint = read_spec(folder).spec, open_checkpoint(folder)
+    blocks = Blocks(folder, keep_all(spec, checkpoint), checkpoint, torch.device("cpu"))
+    hidden = blocks.embedded(tokens).float()
+    assert torch.equal(hidden, states[0])
+    for number in range(len(blocks) - 1):  # transformers norms what leaves the last
+        with torch.no_grad():
+            hidden = blocks.load(number, length)(hidden)
+        torch.testing.assert_close(hidden, states[number + 1], rtol=1e-5, atol=1e-5)
+    last = blocks.load(len(blocks) - 1, length)
+    norm = model.get_decoder().norm
+    with torch.no_grad():
+        torch.testing.assert_close(norm(last(hidden)), states[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_plan_decides(
+    checkpoints: Mapping[str, Path],
+    tune: Callable[..., Conversion],
+    recorded: dict[str, tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Mixed bits, kept layers, a group that does not divide, and readers' groups."""
+    options = {"overrides": ["down_proj=8:row", "layers.1.mlp.up_proj=3"], "keep": ["o_proj"], "lm_head": 4}
+    done = tune(checkpoints["llama"], group=256, readers=["vllm"], **options)
+    entries = done.manifest.quantized
+    assert "model.layers.0.self_attn.o_proj" not in entries
+    assert entries["model.layers.1.mlp.gate_proj"].bits == 3  # fused with up_proj
+    assert (entries["model.layers.0.mlp.down_proj"].bits, entries["model.layers.0.mlp.down_proj"].group) == (8, 96)
+    assert entries["model.layers.0.self_attn.q_proj"].group == 64
+    assert sorted(recorded) == sorted(entries.keys() - {"lm_head"})
+    with open_artifact(done.path) as artifact:
+        for module, (weight, _) in recorded.items():
+            assert torch.equal(artifact.packed(module).dequantize(), weight), module
+        kept = artifact.dense("model.layers.0.self_attn.o_proj.weight")
+    with open_checkpoint(checkpoints["llama"]) as source:
+        assert torch.equal(kept, source.tensor("model.layers.0.self_attn.o_proj.weight"))
+        head = rtn.quantize(source.tensor("lm_head.weight"), 4)
+    with open_artifact(done.path) as artifact:
+        assert torch.equal(artifact.packed("lm_head").words, head.words)
+
+
+def test_a_search_group_wider_than_the_stored(
+    make_checkpoint: Callable[..., Path],
+    tune: Callable[..., Conversion],
+    recorded: dict[str, tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    source = make_checkpoint(num_hidden_layers=1, intermediate_size=512)
+    done = tune(source, group=256, readers=["vllm"])
+    module = "model.layers.0.mlp.down_proj"
+    assert done.manifest.quantized[module].group == 128
+    with open_artifact(done.path) as artifact:
+        packed = artifact.packed(module)
+    assert torch.equal(packed.scales[:, 0], packed.scales[:, 1])
+    assert torch.equal(packed.dequantize(), recorded[module][0])
+
+
+def test_small_groups_are_not_zeroed(
+    make_checkpoint: Callable[..., Path],
+    tune: Callable[..., Conversion],
+    recorded: dict[str, tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """auto-round clamps scales at 1e-5; those groups come from lbq's round to nearest."""
+    module = "model.layers.0.mlp.up_proj"
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        weight = tensors[f"{module}.weight"]
+        weight[:, :32] *= 1e-6
+        weight[3] = 0
+
+    source = make_checkpoint(num_hidden_layers=1, edit=edit)
+    done = tune(source)
+    with open_checkpoint(source) as checkpoint, open_artifact(done.path) as artifact:
+        weight, packed = checkpoint.tensor(f"{module}.weight").clone(), artifact.packed(module)
+        own = rtn.quantize(weight, 4, 32)
+        assert (recorded[module][0][4, :32] == 0).any(), "auto-round does not zero them: this test is void"
+        assert torch.equal(packed.scales[:, 0], own.scales[:, 0])
+        assert torch.equal(packed.dequantize()[:, :32], own.dequantize()[:, :32])
+        assert bool((packed.dequantize()[3] == 0).all())
+        other = packed.dequantize()[4:, 32:]
+        assert torch.equal(other, recorded[module][0][4:, 32:])
+
+
+def test_sides_that_auto_round_leaves_alone(
+    make_checkpoint: Callable[..., Path], tune: Callable[..., Conversion]
+) -> None:
+    source = make_checkpoint(num_hidden_layers=1, intermediate_size=80)
+    done = tune(source)
+    assert [note for note in done.manifest.notes if "not divisible by 32" in note] == [
+        "3 layers of sides not divisible by 32: rounded to nearest, AutoRound leaves them"
+    ]
+    module = "model.layers.0.mlp.gate_proj"
+    with open_checkpoint(source) as checkpoint, open_artifact(done.path) as artifact:
+        own = rtn.quantize(checkpoint.tensor(f"{module}.weight"), 4, 32)
+        assert torch.equal(artifact.packed(module).words, own.words)
+    with pytest.raises(UsageError, match="refused under --strict"):
+        tune(source, "other", strict=True)
+
+
+def test_tuning_pays(checkpoints: Mapping[str, Path], tune: Callable[..., Conversion]) -> None:
+    told: list[Progress] = []
+    tune(checkpoints["llama"], bits=3, iters=40, nsamples=8, seqlen=64, on_tuned=told.append)
+    assert [(p.finished, p.blocks) for p in told] == [(0, 2), (1, 2), (2, 2)]
+    assert told[0].loss is None
+    for progress in told[1:]:
+        assert progress.loss is not None
+        before, after = progress.loss
+        assert after < 0.9 * before
+
+
+def test_the_same_bytes_again(checkpoints: Mapping[str, Path], tune: Callable[..., Conversion]) -> None:
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = random.random(), np.random.random(), torch.rand(1)
+    one = tune(checkpoints["smollm2"], "one")
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    two = tune(checkpoints["smollm2"], "two")
+    assert expected == (random.random(), np.random.random(), torch.rand(1)), "a generator of the caller's was moved"
+    assert content(one.path) == content(two.path)
+    assert content(tune(checkpoints["smollm2"], "three", seed=1).path) != content(one.path)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_manifest_says_how(checkpoints: Mapping[str, Path], tune: Callable[..., Conversion], text: str) -> None:
+    done = tune(checkpoints["llama"])
+    method = done.manifest.method
+    assert isinstance(method, AutoRound)
+    assert (method.name, method.iterations, method.batch, method.seed, method.device) == ("autoround", 2, 2, 42, "cpu")
+    assert method.calibration is not None
+    assert (method.calibration.name, method.calibration.samples, method.calibration.tokens) == ("text.txt", 4, 16)
+    assert set(done.manifest.tools) == {"lbq", "torch", "auto-round", "transformers"}
+    with open_artifact(done.path) as artifact:
+        assert artifact.manifest == done.manifest
+    written = json.loads((done.path / "lbq.json").read_text())
+    assert text not in json.dumps(written), "a path of whoever converted"
+
+
+def test_no_iterations(
+    checkpoints: Mapping[str, Path],
+    tmp_path: Path,
+    recorded: dict[str, tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """auto-round's round to nearest: no text, and its numbers exactly."""
+    done = convert(checkpoints["qwen2"], tmp_path / "out", method="autoround", iters=0, group=32, device="cpu")
+    assert isinstance(done.manifest.method, AutoRound)
+    assert done.manifest.method.calibration is None
+    assert recorded
+    with open_artifact(done.path) as artifact:
+        for module, (weight, _) in recorded.items():
+            assert torch.equal(artifact.packed(module).dequantize(), weight)
+
+
+def test_short_context_and_text(checkpoints: Mapping[str, Path], tune: Callable[..., Conversion]) -> None:
+    done = tune(checkpoints["llama"], seqlen=500, nsamples=60, iters=1)
+    text_notes = [note for note in done.manifest.notes if "samples" in note]
+    assert len(text_notes) == 2
+    assert text_notes[0] == "calibration samples have 128 tokens, not 500: the model's context"
+    assert text_notes[1].endswith("text.txt gives 31 samples of 128 tokens, 60 were asked for")
+    with pytest.raises(UsageError, match="refused under --strict"):
+        tune(checkpoints["llama"], "other", seqlen=500, strict=True)
+
+
+def test_broken_weights_are_found_at_once(
+    make_checkpoint: Callable[..., Path], tune: Callable[..., Conversion], tmp_path: Path
+) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.down_proj.weight"][5, 7] = torch.nan
+
+    told: list[Progress] = []
+    with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has nan at \[5, 7\]"):
+        tune(make_checkpoint(edit=edit), on_tuned=told.append)
+    assert told == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "gptq"}, "--method gptq: rtn or autoround"),
+        ({"iters": 5}, "--iters has no effect on --method rtn"),
+        ({"calib": "a.txt"}, "--calib has no effect on --method rtn"),
+        ({"restart": True}, "--restart has no effect on --method rtn"),
+        ({"method": "autoround", "iters": -1}, "--iters -1: 0 or more"),
+        ({"method": "autoround", "nsamples": 0}, "--nsamples 0: 1 or more"),
+        ({"method": "autoround", "seqlen": 1}, "--seqlen 1: 2 or more"),
+        ({"method": "autoround", "batch_size": 0}, "--batch-size 0: 1 or more"),
+        ({"method": "autoround", "seed": -1}, "--seed -1: 0 or more"),
+        ({"method": "autoround", "iters": 0, "calib": "a.txt"}, "--calib has no effect with --iters 0"),
+    ],
+)
+def test_options(options: dict[str, Any], message: str, checkpoints: Mapping[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        convert(checkpoints["llama"], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
