@@ -326,6 +326,15 @@ class Hub:
         repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit", None)
         return as_json({"url": f"{self.url}/{name}", "name": name})
 
+    def branch(self, request: Request, repo: str, branch: str) -> Answer:
+        kept = self._refusal(request) or self._readable(request, repo)
+        if isinstance(kept, Answer):
+            return kept
+        if branch in kept.refs:
+            return failure(409, "Reference already exists")
+        kept.refs[branch] = kept.refs["main"]
+        return as_json({})
+
     def validate_yaml(self, request: Request) -> Answer:
         text = json.loads(request.body)["content"]
         bad = text.startswith("---") and "\n---" not in text[3:]
@@ -435,6 +444,7 @@ _ROUTES: tuple[Route, ...] = (
     ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)", Hub.tree),
     ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Hub.resolve),
     ("POST", r"/api/repos/create", Hub.create),
+    ("POST", rf"/api/models/{REPO}/branch/(?P<branch>[^/]+)", Hub.branch),
     ("POST", r"/api/validate-yaml", Hub.validate_yaml),
     ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", Hub.preupload),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Hub.lfs_batch),

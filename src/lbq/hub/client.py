@@ -26,7 +26,7 @@ WAITS = (1, 2, 4, 8)  # seconds between attempts
 LONGEST_WAIT = 300  # seconds; the Hub counts requests over five minutes
 _PASSING = frozenset((408, 429, 500, 502, 503, 504))
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def new_api(name: str) -> HfApi:
@@ -108,7 +108,12 @@ def patiently(call: Callable[[], T], on_note: OnNote) -> T:
 
 def is_unreachable(error: Exception) -> bool:
     """Whether an error says nothing of the repository: no network, HF_HUB_OFFLINE, or a Hub that fails."""
-    return is_offline(error) or _is_transport(error) or status_of(error) in _PASSING
+    return is_offline(error) or is_passing(error)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same may succeed in a while: a connection that failed, a Hub that is busy or fails."""
+    return _is_transport(error) or status_of(error) in _PASSING
 
 
 def status_of(error: BaseException | None) -> int | None:
@@ -146,13 +151,13 @@ def explained(error: Exception, what: str) -> LbqError:
 def _advice(error: BaseException) -> str:
     kind = type(error).__name__
     by_kind = {
-        "GatedRepoError": f"access is restricted: accept its terms on the Hub, then {_LOGIN}",
+        "GatedRepoError": f"access is restricted: accept its terms on the Hub, then {LOGIN}",
         "DisabledRepoError": "the Hub has disabled this repository",
-        "RepositoryNotFoundError": f"no such repository on the Hub; if it is private, {_LOGIN}",
+        "RepositoryNotFoundError": f"no such repository on the Hub; if it is private, {LOGIN}",
         "RevisionNotFoundError": "no such branch, tag or commit",
         "RemoteEntryNotFoundError": "no such file at this revision",
         "EntryNotFoundError": "no such file at this revision",
-        "LocalTokenNotFoundError": f"no token: {_LOGIN}",
+        "LocalTokenNotFoundError": f"no token: {LOGIN}",
     }
     if kind in by_kind:
         return by_kind[kind]
@@ -160,7 +165,7 @@ def _advice(error: BaseException) -> str:
         return "not in the cache, and HF_HUB_OFFLINE is set: unset it, or fetch it once"
     status = status_of(error)
     by_status = {
-        401: f"the Hub does not accept the token, or needs one: {_LOGIN}",
+        401: f"the Hub does not accept the token, or needs one: {LOGIN}",
         403: "the token may not do this: take one with write access to this repository",
         412: "somebody else committed meanwhile, and nothing was changed: run again",
         429: "the Hub counts too many requests: wait a few minutes and run again",

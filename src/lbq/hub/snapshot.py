@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lbq.formats.disk import check_plain_name, shown, storage_errors
-from lbq.formats.errors import DataError, RemoteError
+from lbq.formats.errors import DataError, LbqError, RemoteError
 from lbq.formats.manifest import MANIFEST
 from lbq.hub.client import (
     TIMEOUT,
@@ -43,11 +43,20 @@ class Snapshot:
     """A repository at ``commit``. ``files`` are all of it or, while the Hub is out of reach, those in the cache."""
 
     def __init__(
-        self, hub_id: HubId, commit: str, files: Mapping[str, RemoteFile], api: HfApi, on_note: OnNote, *, online: bool
+        self,
+        hub_id: HubId,
+        commit: str,
+        files: Mapping[str, RemoteFile],
+        api: HfApi,
+        on_note: OnNote,
+        *,
+        online: bool,
+        private: bool | None = None,
     ) -> None:
         self.hub_id, self.commit, self.files = hub_id, commit, files
         self.online, self._api, self._on_note = online, api, on_note
         self._branch_is_known = hub_id.is_pinned or not online
+        self.private = private
 
     def __str__(self) -> str:
         return f"{self.hub_id.name}@{self.commit[:12]}"
@@ -106,13 +115,10 @@ def open_snapshot(hub_id: HubId, on_note: OnNote = quiet) -> Snapshot:
     """
     api = new_api(str(hub_id))
     folder = _cached_folder(hub_id)
-
-    def ask() -> ModelInfo:
-        return api.model_info(hub_id.name, revision=hub_id.revision, files_metadata=True, timeout=TIMEOUT)
-
     try:
-        with told(on_note):
-            info = patiently(ask, on_note) if folder is None else ask()
+        return online_snapshot(hub_id, on_note, patient=folder is None)
+    except LbqError:
+        raise
     except Exception as error:
         if folder is None or not is_unreachable(error):
             raise explained(error, str(hub_id)) from error
@@ -120,9 +126,20 @@ def open_snapshot(hub_id: HubId, on_note: OnNote = quiet) -> Snapshot:
             on_note(f"{hub_id}: the Hub is out of reach; taken from the cache at commit {folder.name[:12]}")
         files = {path.name: RemoteFile(path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file()}
         return Snapshot(hub_id, folder.name, files, api, on_note, online=False)
+
+
+def online_snapshot(hub_id: HubId, on_note: OnNote = quiet, *, patient: bool = True) -> Snapshot:
+    """:func:`open_snapshot` by the Hub alone; raises what the client raises, and for what it answers DataError."""
+    api = new_api(str(hub_id))
+
+    def ask() -> ModelInfo:
+        return api.model_info(hub_id.name, revision=hub_id.revision, files_metadata=True, timeout=TIMEOUT)
+
+    with told(on_note):
+        info = patiently(ask, on_note) if patient else ask()
     if info.sha is None or not is_commit(info.sha):
         raise RemoteError(f"{hub_id}: the Hub names no commit; look at HF_ENDPOINT")
-    return Snapshot(hub_id, info.sha, _listed(hub_id, info), api, on_note, online=True)
+    return Snapshot(hub_id, info.sha, _listed(hub_id, info), api, on_note, online=True, private=info.private)
 
 
 def _listed(hub_id: HubId, info: ModelInfo) -> dict[str, RemoteFile]:
