@@ -83,10 +83,10 @@ class Prepared:
         shape = (1, 1) if self.calibration is None else tuple(self.calibration.tokens.shape)
         return sizes(self.plan, self.request.tuning, *shape)
 
-    def default_name(self) -> str:
-        """``NAME-int4-g256``, ``NAME-3.5bpw-g256``, ``NAME-int4-g128-autoround``: what was asked for."""
-        scheme, mixed = self.request.scheme, self.request.mixed
-        bits = f"int{scheme.bits}" if mixed is None else f"{mixed.target_bpw:g}bpw"
+    def default_name(self, target_bpw: float | None = None) -> str:
+        """``NAME-int4-g256``, ``NAME-3.5bpw-g256`` for a target, ``NAME-int4-g128-autoround``: what was asked for."""
+        scheme = self.request.scheme
+        bits = f"int{scheme.bits}" if target_bpw is None else f"{target_bpw:g}bpw"
         group = f"g{scheme.group}" if scheme.group else "row"
         method = "" if self.request.tuning is None else "-autoround"
         return f"{self.source.label}-{bits}-{group}{method}"

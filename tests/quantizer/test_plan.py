@@ -166,7 +166,7 @@ def test_mixed_bits(lm_head: int | None, head: Scheme | None, checkpoints: Mappi
     row8, four, three = Scheme(8, None), Scheme(4, 32), Scheme(3, 32)
     assert schemes == [three, row8, None, None, Scheme(3, None), four, row8, three, head]
     assert mixed.plan.spec.tied == (lm_head == 16)
-    assert (uniform.default_name(), mixed.default_name()) == ("smollm2-int4-g32", "smollm2-4.5bpw-g32")
+    assert (uniform.default_name(), mixed.default_name(4.5)) == ("smollm2-int4-g32", "smollm2-4.5bpw-g32")
     assert replan(mixed, request).plan == uniform.plan
 
 

@@ -9,27 +9,37 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from lbq.cli.display import Size, blocks, note, plain, print_json, progress, size, steps, table
+from lbq.cli.mixed import print_choice, print_frontier
 from lbq.cli.options import Method, Wish, method_options, quantization_options, readers_option
 from lbq.cli.plan import show
 from lbq.cli.quality import score_rows, text_line
 from lbq.formats.disk import readable
+from lbq.formats.errors import UsageError
 
 if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq run`
-    from lbq.evaluation.report import ReportRequest
+    from lbq.evaluation.report import Measurement, ReportRequest
+    from lbq.evaluation.study import Study
     from lbq.formats.quality import Quality
     from lbq.quantizer.convert import Conversion, Prepared
 
-REPORT_HELP = "weights: their errors; kl: also what became of the model's next tokens, measured on a text."
+REPORT_HELP = (
+    "weights: their errors; kl: also what became of the model's next tokens, measured on a text; "
+    "full: also what each layer's part in it is.  [weights; full with --target-bpw]"
+)
+TARGET_HELP = "Instead of --bits: the bits of each layer that cost the least at this many bits a weight, measured."
+SENSITIVITY_HELP = "Do not measure layers again: take them from this artifact's report, which must be full."
 
 
 @click.command()
 @click.argument("model")
 @quantization_options()
+@click.option("--target-bpw", type=float, metavar="BITS", help=TARGET_HELP)
+@click.option("--sensitivity", type=click.Path(path_type=Path), metavar="ARTIFACT", help=SENSITIVITY_HELP)
 @readers_option
 @method_options()
 @click.option("--out", type=click.Path(path_type=Path), help="The artifact's folder.  [./NAME-int4-g256]")
-@click.option("--report", type=click.Choice(["weights", "kl"]), default="weights", show_default=True, help=REPORT_HELP)
-@click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text for --report kl.  [English prose]")
+@click.option("--report", type=click.Choice(["weights", "kl", "full"]), help=REPORT_HELP)
+@click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text for --report kl and full.  [English prose]")
 @click.option("--report-tokens", type=int, help="The most tokens of that text.  [4096]")
 @click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -40,10 +50,12 @@ REPORT_HELP = "weights: their errors; kl: also what became of the model's next t
 def convert(
     model: str,
     wish: Wish,
+    target_bpw: float | None,
+    sensitivity: Path | None,
     readers: tuple[str, ...],
     method: Method,
     out: Path | None,
-    report: Literal["weights", "kl"],
+    report: Literal["weights", "kl", "full"] | None,
     text: Path | None,
     report_tokens: int | None,
     max_shard_bytes: int,
@@ -62,6 +74,8 @@ def convert(
     from lbq.quantizer.source import resolve
 
     tuning = method.tuning()
+    report = report or ("weights" if target_bpw is None else "full")
+    _check_target(target_bpw is not None, wish, sensitivity, report, dry_run)
     measured = ReportRequest(report, text, report_tokens)
     request = wish.request(
         readers=readers,
@@ -73,16 +87,24 @@ def convert(
         check_output(model, out, overwrite=overwrite)
     source = resolve(model, wish.revision, note)
     prepared = prepare(source, request)
-    target = out or Path(prepared.default_name())
+    target = out or Path(prepared.default_name(target_bpw))
     for line in prepared.plan.notes:
         note(line)
+    measurement = study = None
+    if measured.kind != "weights" and (target_bpw is not None or not dry_run):
+        if not dry_run:
+            check_output(model, target, overwrite=overwrite)
+        measurement = _measurement(measured, prepared, device)
+        if measured.kind == "full":
+            study = _study(prepared, measurement, target_bpw, sensitivity)
+            prepared = study.prepared
     if dry_run:
         from lbq.planning import forecast
 
         show(forecast(prepared, target, device), as_json)
         return
     try:
-        done = _write(prepared, measured, target, overwrite=overwrite, restart=method.restart, device=device)
+        done = _write(prepared, measurement, study, target, overwrite=overwrite, restart=method.restart, device=device)
     except (KeyboardInterrupt, SystemExit):
         if tuning is not None and unfinished(target):
             click.echo("lbq: finished blocks are kept; the same command goes on with them", err=True)
@@ -90,9 +112,48 @@ def convert(
     _print_result(done, model, as_json)
 
 
+def _check_target(targeted: bool, wish: Wish, sensitivity: Path | None, report: str, dry_run: bool) -> None:
+    """Raise UsageError for options that do not go together."""
+    if targeted and wish.bits is not None:
+        raise UsageError("--bits and --target-bpw: give one of them")
+    if targeted and report != "full":
+        raise UsageError(f"--report {report}: --target-bpw measures all that a full report has; leave --report out")
+    if sensitivity is not None and report != "full":
+        raise UsageError("--sensitivity is for --target-bpw and --report full")
+    if targeted and dry_run and sensitivity is None:
+        raise UsageError("--dry-run reads headers, and --target-bpw measures weights; give --sensitivity ARTIFACT too")
+
+
+def _measurement(request: ReportRequest, prepared: Prepared, device: Literal["auto", "cpu", "cuda"]) -> Measurement:
+    from lbq.evaluation.report import Measurement
+
+    measurement = Measurement(request, prepared, device)
+    if measurement.device.note:
+        note(measurement.device.note)
+    return measurement
+
+
+def _study(prepared: Prepared, measurement: Measurement, target_bpw: float | None, sensitivity: Path | None) -> Study:
+    """What units do alone, and the bits chosen from it."""
+    from lbq.evaluation.mixed import freedom
+    from lbq.evaluation.study import UnitMeasurement, saved
+
+    free = freedom(prepared)
+    if target_bpw is not None:
+        free.check(target_bpw)
+    if sensitivity is not None:
+        study = saved(free, sensitivity)
+    else:
+        units = UnitMeasurement(free, measurement.device)
+        with steps("Measuring layers") as advance:
+            study = units.measure(advance)
+    return study if target_bpw is None else study.choose(target_bpw)
+
+
 def _write(
     prepared: Prepared,
-    request: ReportRequest,
+    measurement: Measurement | None,
+    study: Study | None,
     target: Path,
     *,
     overwrite: bool,
@@ -100,13 +161,9 @@ def _write(
     device: Literal["auto", "cpu", "cuda"],
 ) -> Conversion:
     """Convert, and measure: with one bar after the other."""
-    from lbq.evaluation.report import Measurement
     from lbq.page import render
     from lbq.quantizer.convert import write_artifact
 
-    measurement = None if request.kind == "weights" else Measurement(request, prepared, device)
-    if measurement is not None and measurement.device.note:
-        note(measurement.device.note)
     with ExitStack() as bars:
         tuned = bars.enter_context(blocks())
         bar = bars.enter_context(progress("Converting", len(prepared.plan.steps), prepared.source_bytes))
@@ -115,7 +172,8 @@ def _write(
             assert measurement is not None
             bars.close()
             with steps("Measuring") as advance:
-                return measurement.measure(folder, advance)
+                quality = measurement.measure(folder, advance)
+            return quality if study is None else study.added_to(quality)
 
         return write_artifact(
             prepared,
@@ -162,6 +220,10 @@ def _print_result(done: Conversion, model: str, as_json: bool) -> None:
     if quality is not None:
         table("Against the original", ("measure", "value"), score_rows(quality.scores))
         click.echo(plain(text_line(quality.text)))
+        if quality.frontier:
+            print_frontier(quality)
+        if manifest.method.target_bpw is not None:
+            print_choice(quality)
     if "tokenizer.json" in manifest.files:
         if quality is None:
             click.echo(f"What it cost: lbq eval {done.path} --against {model}")

@@ -31,11 +31,13 @@ class Wish:
         return self != Wish(None, None, None, (), (), self.revision)
 
     def request(self, **more: Any) -> Request:
-        """What the quantizer takes; ``more`` goes to ``make_request``. Raises UsageError."""
+        """What the quantizer takes, 4 bits by default; ``more`` goes to ``make_request``. Raises UsageError."""
         from lbq.quantizer.request import make_request
 
         wanted = asdict(self)
         del wanted["revision"]
+        if self.bits is None:
+            del wanted["bits"]
         return make_request(**wanted, **more)
 
 
@@ -62,11 +64,11 @@ class Method:
 def quantization_options(*, at_load: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """``--bits`` and what goes with it, handed to the command as one argument, ``wish``.
 
-    ``at_load``: there is no default for the bits, and without them nothing is quantized.
+    ``at_load``: without ``--bits`` nothing is quantized.
     """
-    bits = "Quantize a checkpoint while it is loaded: 3, 4 or 8." if at_load else "3, 4 or 8."
+    bits = "Quantize a checkpoint while it is loaded: 3, 4 or 8." if at_load else "3, 4 or 8.  [4]"
     options = (
-        click.option("--bits", type=int, default=None if at_load else 4, show_default=True, help=bits),
+        click.option("--bits", type=int, help=bits),
         click.option(
             "--gs", "group", metavar="GROUP", help="Weights that share a scale: 32…512 or row. [128; row at 8 bits]"
         ),

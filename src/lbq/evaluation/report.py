@@ -17,7 +17,7 @@ from lbq.quantizer.convert import Prepared
 from lbq.quantizer.original import open_original
 from lbq.runtime.devices import device_errors, find_device
 
-Kind = Literal["weights", "kl"]
+Kind = Literal["weights", "kl", "full"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class ReportRequest:
     """``--report KIND --text FILE --report-tokens N``. Raises UsageError for what makes no sense.
 
     ``weights`` is what a conversion sees of the weights as they pass; ``kl`` adds the artifact's scores against its
-    source on the first ``tokens`` tokens of ``text``, by default of the one that ships with lbq.
+    source on the first ``tokens`` tokens of ``text``, by default of the one that ships with lbq; ``full`` adds what
+    each unit does alone, and the frontier that follows (:mod:`lbq.evaluation.study`).
     """
 
     kind: Kind = "weights"
@@ -36,7 +37,7 @@ class ReportRequest:
         if self.kind not in get_args(Kind):
             raise UsageError(f"--report {self.kind}: {', '.join(get_args(Kind))}")
         if self.kind == "weights" and not (self.text is None and self.tokens is None):
-            raise UsageError("--text and --report-tokens are for --report kl")
+            raise UsageError("--text and --report-tokens are for --report kl and full")
         if self.tokens is not None and not (isinstance(self.tokens, int) and self.tokens >= 1):
             raise UsageError(f"--report-tokens {self.tokens!r}: a positive number is needed")
 
