@@ -126,7 +126,7 @@ def make() -> Callable[..., Made]:
             spec=model,
             quantized=quantized,
             dense={},
-            method=Method("rtn", {"4": "signed"}, 4, 32, 8, keep=("layers.7",)),
+            method=Method({"4": "signed"}, 4, 32, 8, keep=("layers.7",)),
             source=Source("example/Aurora-1B", "c0ffee" * 6, {"model.safetensors": FileEntry(2_000_000, "01" * 32)}),
             tools={"lbq": "0.1.0", "torch": "2.13.0"},
             summary=Summary(10**6, 4.5, 0.99572, 0.99, 0.0926),

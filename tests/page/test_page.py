@@ -208,6 +208,23 @@ def test_what_stays(make: Make) -> None:
     assert "BF16" in words(page.sections["layers"])
 
 
+def test_autoround(make: Make, edit: Edit) -> None:
+    """The settings of any method are shown, those of its calibration too."""
+    calibration = {"name": "train.txt", "sha256": "ab" * 32, "samples": 128, "tokens": 2048, "tokens_sha256": "cd" * 32}
+    settings = {"name": "autoround", "iterations": 200, "batch": 8, "seed": 42, "device": "cuda"}
+
+    def change(manifest: Any, _: Any) -> None:
+        manifest["method"] |= {**settings, "calibration": calibration}
+        manifest["source"]["license"] = {"id": "other", "name": "aurora-1", "link": "https://example.com/licence"}
+
+    page = check(render(*edit(make(), change)))
+    assert "AutoRound, INT4 g32, head INT8" in page.text
+    shown = words(page.sections["settings"])
+    for value in ("method autoround", "iterations 200", "seed 42", "name: train.txt, sha256: abab", "samples: 128"):
+        assert value in shown, value
+    assert "aurora-1, https://example.com/licence" in page.sections["provenance"]
+
+
 def test_bits_chosen_for_a_size(make: Make) -> None:
     manifest, report = make()
     method = msgspec.structs.replace(manifest.method, bits=None, lm_head=None, target_bpw=3.5)
@@ -252,6 +269,7 @@ def test_hostile_names(make: Make, edit: Edit) -> None:
         manifest["source"].update(name=HOSTILE, revision=HOSTILE)
         manifest["source"]["files"][HOSTILE] = {"size": 5, "sha256": "ab" * 32}
         manifest["method"].update(keep=[HOSTILE], set=["\u202egnp.exe\x00\x1b[31m"], readers=[HOSTILE])
+        manifest["source"]["license"] = {"id": "other", "name": HOSTILE, "link": HOSTILE}
         manifest["tools"][HOSTILE] = HOSTILE
         manifest["notes"] = [HOSTILE]
         report["quality"]["device"] = HOSTILE
