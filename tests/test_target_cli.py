@@ -115,6 +115,28 @@ def test_a_full_report_of_one_number_of_bits(source: Path, lbq: Lbq, tmp_path: P
     assert "Chosen" not in done.out
 
 
+@pytest.mark.parametrize("method", [[], ["--method", "autoround", "--iters", "0"]])
+def test_a_calibration_text(source: Path, method: list[str], lbq: Lbq, tmp_path: Path) -> None:
+    """Layers are measured on it, whatever the method; the artifact is scored on another text."""
+    texts = [{"text": f"Document {i} is about ships, brass lamps and the weather of that day. " * 3} for i in range(9)]
+    calib = tmp_path / "texts.json"
+    calib.write_text(json.dumps(texts))
+    options = ("--target-bpw", "4.5", "--gs", "32", *method, "--out", tmp_path / "out")
+    done = lbq("convert", source, *options, "--calib", calib)
+    assert done.code == 0, done.err
+    manifest, quality = read_manifest(tmp_path / "out"), read_report(tmp_path / "out").quality
+    assert (manifest.method.name, manifest.method.target_bpw) == (method[1] if method else "rtn", 4.5)
+    assert 4.2 < manifest.summary.bits_per_weight <= 4.5
+    assert quality is not None
+    assert quality.sensitivity_text is not None
+    text = quality.sensitivity_text
+    assert (text.path, text.tokens, text.context, text.windows, text.positions) == ("texts.json", 256, 128, 2, 128)
+    assert quality.text.path == "lbq:english.txt"
+    assert "Each unit alone: 128 positions in 2 windows of 128 tokens of texts.json\n" in done.out
+    done = lbq("convert", source, "--calib", calib, "--gs", "32")
+    assert "--calib has no effect on --method rtn" in done.error
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -127,6 +149,8 @@ def test_a_full_report_of_one_number_of_bits(source: Path, lbq: Lbq, tmp_path: P
         ("--target-bpw 5 --dry-run", "--dry-run reads headers, and --target-bpw measures weights; give"),
         ("--sensitivity x", "--sensitivity is for --target-bpw and --report full"),
         ("--target-bpw 5 --set layers=8 --lm-head 4", "--target-bpw: --set, --keep and --lm-head leave nothing"),
+        ("--target-bpw 5 --calib nowhere.txt", "nowhere.txt: "),
+        ("--target-bpw 5 --calib x.txt --sensitivity y", "--calib has no effect on --method rtn"),
         ("--target-bpw 5 --sensitivity nowhere", "nowhere: no such folder"),
     ],
 )

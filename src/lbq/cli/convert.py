@@ -73,8 +73,8 @@ def convert(
     from lbq.quantizer.convert import check_output, prepare, unfinished
     from lbq.quantizer.source import resolve
 
-    tuning = method.tuning()
     report = report or ("weights" if target_bpw is None else "full")
+    tuning = method.tuning(studied=report == "full" and sensitivity is None)
     _check_target(target_bpw is not None, wish, sensitivity, report, dry_run)
     measured = ReportRequest(report, text, report_tokens)
     request = wish.request(
@@ -96,7 +96,7 @@ def convert(
             check_output(model, target, overwrite=overwrite)
         measurement = _measurement(measured, prepared, device)
         if measured.kind == "full":
-            study = _study(prepared, measurement, target_bpw, sensitivity)
+            study = _study(prepared, measurement, target_bpw, sensitivity or method.calib)
             prepared = study.prepared
     if dry_run:
         from lbq.planning import forecast
@@ -133,18 +133,18 @@ def _measurement(request: ReportRequest, prepared: Prepared, device: Literal["au
     return measurement
 
 
-def _study(prepared: Prepared, measurement: Measurement, target_bpw: float | None, sensitivity: Path | None) -> Study:
-    """What units do alone, and the bits chosen from it."""
+def _study(prepared: Prepared, measurement: Measurement, target_bpw: float | None, source: Path | str | None) -> Study:
+    """What units do alone, and the bits chosen from it; ``source`` is an artifact's Path, or a text by its name."""
     from lbq.evaluation.mixed import freedom
     from lbq.evaluation.study import UnitMeasurement, saved
 
     free = freedom(prepared)
     if target_bpw is not None:
         free.check(target_bpw)
-    if sensitivity is not None:
-        study = saved(free, sensitivity)
+    if isinstance(source, Path):
+        study = saved(free, source)
     else:
-        units = UnitMeasurement(free, measurement.device)
+        units = UnitMeasurement(free, measurement.device, source)
         with steps("Measuring layers") as advance:
             study = units.measure(advance)
     return study if target_bpw is None else study.choose(target_bpw)

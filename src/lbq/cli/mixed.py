@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from lbq.cli.display import pattern, size, table
+import click
+
+from lbq.cli.display import pattern, plain, size, table
+from lbq.cli.quality import positions_line
 
 if TYPE_CHECKING:
     from lbq.formats.quality import FrontierPoint, Quality
@@ -34,6 +37,8 @@ def print_frontier(quality: Quality) -> None:
         )
     columns = ("bits a weight", "codes and scales", "sum of KL", "measured", *(f"units at {b}" for b in bits))
     table("Least sum of the units' divergences at a size", columns, rows)
+    if quality.sensitivity_text is not None:
+        click.echo(plain(f"Each unit alone: {positions_line(quality.sensitivity_text)}"))
 
 
 def print_choice(quality: Quality) -> None:

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from lbq.quantizer.request import Request
 
 
+CALIB_HELP = (
+    "Text for autoround and --target-bpw: .txt, .json, .jsonl or a Hub dataset.  "
+    "[pile-10k for autoround, else English prose]"
+)
+
+
 @dataclass(frozen=True)
 class Wish:
     """What a command line asks weights to be quantized to, as it was given."""
@@ -54,11 +60,17 @@ class Method:
     seed: int | None
     restart: bool
 
-    def tuning(self) -> Tuning | None:
-        """What the quantizer takes. Raises UsageError."""
+    def tuning(self, *, studied: bool = False) -> Tuning | None:
+        """What the quantizer takes; ``studied``: layers are measured on the calibration text, whatever the method.
+
+        Raises UsageError.
+        """
         from lbq.quantizer.autoround.settings import make_tuning
 
-        return make_tuning(**asdict(self))
+        given = asdict(self)
+        if studied and (self.method == "rtn" or self.iters == 0):
+            given["calib"] = None
+        return make_tuning(**given)
 
 
 def quantization_options(*, at_load: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -95,9 +107,7 @@ def method_options() -> Callable[[Callable[..., None]], Callable[..., None]]:
         click.option("--nsamples", type=int, help="autoround: samples of calibration text.  [128]"),
         click.option("--seqlen", type=int, help="autoround: tokens of a sample.  [2048]"),
         click.option("--batch-size", type=int, help="autoround: samples a step.  [8]"),
-        click.option(
-            "--calib", metavar="FILE|DATASET", help="autoround: .txt, .json, .jsonl or a Hub dataset.  [pile-10k]"
-        ),
+        click.option("--calib", metavar="FILE|DATASET", help=CALIB_HELP),
         click.option("--seed", type=int, help="autoround: of samples and steps.  [42]"),
         click.option("--restart", is_flag=True, help="autoround: drop what an interrupted run has finished."),
     )

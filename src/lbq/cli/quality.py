@@ -24,10 +24,15 @@ def score_rows(scores: Scores) -> list[tuple[str, str]]:
     ]
 
 
+def positions_line(text: Text) -> str:
+    """What was read."""
+    return f"{text.positions} positions in {text.windows} windows of {text.context} tokens of {text.path}"
+
+
 def text_line(text: Text) -> str:
     """What was read, and what ± means."""
     errors = "± is the standard error over windows" if text.windows > 1 else "one window gives no standard errors"
-    return f"{text.positions} positions in {text.windows} windows of {text.context} tokens of {text.path}; {errors}"
+    return f"{positions_line(text)}; {errors}"
 
 
 def with_error(value: Estimate | Divergence, form: str) -> str:

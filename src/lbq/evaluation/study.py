@@ -17,12 +17,14 @@ from lbq.formats.disk import hash_file
 from lbq.formats.errors import DataError, UsageError
 from lbq.formats.quality import Estimate, FrontierPoint, Quality, Sensitivity, Text
 from lbq.formats.report import report_of
+from lbq.quantizer.calibration import calibrate
 from lbq.quantizer.convert import Prepared
 from lbq.quantizer.original import Original, open_original
 from lbq.runtime.devices import Device, device_errors
 
 CONTEXT = 256  # tokens of a window
 TOKENS = 1024
+SEED = 42  # of the samples that are taken of a calibration text
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,14 @@ class Study:
 class UnitMeasurement:
     """Measures a :class:`Study`. Text and tokenizer are looked at when this is made."""
 
-    def __init__(self, freedom: Freedom, device: Device) -> None:
-        """``device`` should be exact. Raises DataError for a source without a tokenizer."""
+    def __init__(self, freedom: Freedom, device: Device, calibration: str | None = None) -> None:
+        """``device`` should be exact; ``calibration``: a text, as for :func:`lbq.quantizer.calibration.calibrate`.
+
+        Raises DataError for a source without a tokenizer, and what reading the text raises.
+        """
         self._freedom, self._device = freedom, device
         with open_original(freedom.prepared.source) as original:
-            self._windows, self._text = _bundled(original)
+            self._windows, self._text = _samples(original, calibration) if calibration else _bundled(original)
 
     def measure(self, on_progress: OnProgress | None = None) -> Study:
         """Raises DataError for broken weights, DeviceError."""
@@ -79,6 +84,15 @@ def _bundled(original: Original) -> tuple[Windows, Text]:
     late = replace(file, text=file.text[len(file.text) // 2 :])
     windows = windows_of(late, (original,), min(CONTEXT, original.spec.context), TOKENS)
     return windows, text_of(late, windows, late.path.name)
+
+
+def _samples(original: Original, calibration: str) -> tuple[Windows, Text]:
+    """Stretches from all over a text; fewer than TOKENS tokens of a short one."""
+    context = min(CONTEXT, original.spec.context)
+    found = calibrate(calibration, original.folder, max(1, TOKENS // context), context, SEED)
+    windows = Windows([], found.tokens.flatten().tolist(), context)
+    text = Text(found.name, found.sha256, len(windows.ids), context, len(windows), windows.positions)
+    return windows, text
 
 
 def saved(freedom: Freedom, artifact: Path) -> Study:
