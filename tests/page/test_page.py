@@ -178,6 +178,19 @@ def test_frontier(make: Make) -> None:
     assert "on 1024 positions in 4 windows of 512 tokens of train.txt" in words(page.sections["frontier"])
 
 
+def test_a_frontier_where_the_artifact_alone_was_measured(make: Make) -> None:
+    manifest, report = make()
+    assert report.quality is not None
+    kl = report.quality.scores.kl
+    own = Estimate(kl.mean, kl.standard_error)
+    points = tuple(msgspec.structs.replace(point, measured_kl=None) for point in report.quality.frontier)
+    points = (*points[:5], msgspec.structs.replace(points[5], measured_kl=own), *points[6:])
+    quality = msgspec.structs.replace(report.quality, frontier=points)
+    page = check(render(manifest, msgspec.structs.replace(report, quality=quality)))
+    assert [a["class"] for _, a in page.elements if a.get("class") in ("measured", "own")] == ["own"]
+    assert "measured ± standard error" not in page.text
+
+
 def test_mixed_bits(make: Make) -> None:
     """8 bits in the first layer's attention: a map of bits, and dots in the colours of bits."""
     page = check(render(*make(bits=lambda unit: 8 if unit < 2 else 3)))

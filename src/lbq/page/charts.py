@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from lbq.formats.quality import Divergence, Estimate, FrontierPoint, Quality
 from lbq.page.axes import Axis, layers, linear, logarithmic
-from lbq.page.numbers import number, with_error
+from lbq.page.numbers import cosine, number, with_error
 from lbq.page.parts import Kind, Parts, Unit
 
 _SQUARE = 1000
@@ -66,10 +66,11 @@ def frontier(quality: Quality, bits_per_weight: float) -> Plot:
     points = sorted(quality.frontier, key=lambda point: point.bits_per_weight)
     own = quality.scores.kl
     x = linear(*_ends([bits_per_weight, *(point.bits_per_weight for point in points)]), 6)
-    measured = [point.measured_kl.mean for point in points if point.measured_kl is not None]
-    y = _log_axis([own.mean, *measured, *(point.predicted_kl for point in points)])
+    itself = Estimate(own.mean, own.standard_error)
+    measured = [(point, point.measured_kl) for point in points if point.measured_kl not in (None, itself)]
+    y = _log_axis([own.mean, *(kl.mean for _, kl in measured if kl), *(point.predicted_kl for point in points)])
     line = _path([(x.at(point.bits_per_weight), y.at(point.predicted_kl)) for point in points])
-    marks = [_measured(point, point.measured_kl, x, y) for point in points if point.measured_kl is not None]
+    marks = [_measured(point, kl, x, y) for point, kl in measured if kl]
     title = f"This artifact: {number(bits_per_weight)} bits,"
     mine = _mark("own", x.at(bits_per_weight), y, own, title)
     text = f"{number(bits_per_weight)} bits, KL {with_error(own)[0]}"
@@ -129,7 +130,7 @@ def _cosine_panel(kind: Kind, x: Axis, y: Axis, mixed: bool) -> Plot:
             of_bits.setdefault(module.bits, []).append(at[i])
         lines = [Line(_dots(points), f"dots b{bits}") for bits, points in sorted(of_bits.items())]
     least, layer = min((module.cosine, i) for i, module in kind.quantized())
-    note = f"least {least:.4f}, layer {layer}"
+    note = f"least {cosine(least)}, layer {layer}"
     return Plot(f"Weight cosine of {kind.label} by layer", x, y, tuple(lines), heading=kind.label, note=note)
 
 

@@ -14,7 +14,7 @@ from lbq.page.parts import Cell, Empty, Parts
 
 STEPS = 8  # colours of the error map, in the style sheet
 _KEPT = "kept"  # style of what stays BF16
-_GAP = 0.08  # of a cell, to its right and below
+_GAP, _GAP_PER_LAYER = 0.08, 0.0025  # of a cell, to its right and below; narrow beside the wide cells of few layers
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def errors(parts: Parts) -> Map | None:
         return None
     edges = _edges([module.relative_error for _, _, module in found])
     texts = _texts(edges)
-    tiles = [Tile(_tile(row, i, 1), f"e{_step(edges, m.relative_error)}", _title(m)) for row, i, m in found]
+    tiles = [Tile(_tile(parts, row, i, 1), f"e{_step(edges, m.relative_error)}", _title(m)) for row, i, m in found]
     kept = [tile for tile in _runs(parts) if tile.style == _KEPT]
     return Map(
         label="Relative error of every linear layer",
@@ -128,7 +128,7 @@ def _runs(parts: Parts) -> list[Tile]:
             count = len(list(cells))
             where = f"layer {start}" if count == 1 else f"layers {start} to {start + count - 1}"
             if what != Empty.ABSENT.value:
-                tiles.append(Tile(_tile(row, start, count), style, f"{kind.label}, {where}: {what}"))
+                tiles.append(Tile(_tile(parts, row, start, count), style, f"{kind.label}, {where}: {what}"))
             start += count
     return tiles
 
@@ -138,6 +138,6 @@ def _stored_as(cell: Cell) -> tuple[str, str]:
     return (stored(cell), f"f{cell.bits}") if isinstance(cell, ModuleReport) else (cell.value, _KEPT)
 
 
-def _tile(row: int, column: int, columns: int) -> str:
-    width = f"{columns - _GAP:g}"
+def _tile(parts: Parts, row: int, column: int, columns: int) -> str:
+    width = f"{columns - min(_GAP, _GAP_PER_LAYER * parts.layers):g}"
     return f"M{column} {row}h{width}v{1 - _GAP:g}h-{width}z"
