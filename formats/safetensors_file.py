@@ -13,12 +13,12 @@ import mmap
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Annotated, Final, Self
+from typing import Annotated, Final, Protocol, Self
 
 import msgspec
 import torch
@@ -91,6 +91,23 @@ class TensorInfo:
         return self.stop - self.start
 
 
+class TensorFile(Protocol):
+    """A safetensors file, here or elsewhere, as :class:`Checkpoint` uses it."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+
+    def info(self, name: str) -> TensorInfo: ...
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+    def piece(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+    def release(self, name: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class SafetensorsFile:
     """A safetensors file, mapped. Opening reads and checks the header only.
 
@@ -104,8 +121,7 @@ class SafetensorsFile:
             descriptor = _open_regular(path)
             try:
                 size = os.fstat(descriptor).st_size
-                header = _read_header(path, descriptor, size)
-                self.tensors = parse_header(path, header, size)
+                self.tensors = read_header(path, size, lambda count, at: os.pread(descriptor, count, at))
                 mapping = mmap.mmap(descriptor, size, flags=_MAP_FLAGS, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             finally:
                 os.close(descriptor)
@@ -115,10 +131,11 @@ class SafetensorsFile:
 
     def info(self, name: str) -> TensorInfo:
         """The header's entry; :class:`DataError` if there is none."""
-        info = self.tensors.get(name)
-        if info is None:
-            raise DataError(f"{self.path}: tensor {shown(name)} is missing")
-        return info
+        return find_tensor(self, name)
+
+    def piece(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the tensor, flat."""
+        return self.tensor(name).flatten()[start:stop]
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, without a copy, to be read only; it stays valid after :meth:`close`.
@@ -151,6 +168,14 @@ class SafetensorsFile:
         self.close()
 
 
+def find_tensor(file: TensorFile, name: str) -> TensorInfo:
+    """The header's entry; :class:`DataError` if there is none."""
+    info = file.tensors.get(name)
+    if info is None:
+        raise DataError(f"{file.path}: tensor {shown(name)} is missing")
+    return info
+
+
 def _open_regular(path: Path) -> int:
     # O_NONBLOCK: opening a pipe must not wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -160,10 +185,14 @@ def _open_regular(path: Path) -> int:
     return descriptor
 
 
-def _read_header(path: Path, descriptor: int, size: int) -> bytes:
+def read_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> Mapping[str, TensorInfo]:
+    """Read and check the header of a file of ``size`` bytes; gives its tensors in the order of their data.
+
+    ``read(count, at)`` gives bytes of the file, fewer only at its end. Raises :class:`DataError`.
+    """
     if size < 8:
         raise DataError(f"{path}: {size} bytes, too short for a safetensors file; fetch it again")
-    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    length = int.from_bytes(read(8, 0), "little")
     if length < 2:
         raise DataError(f"{path}: empty safetensors header; fetch the file again")
     if length > size - 8:
@@ -173,10 +202,10 @@ def _read_header(path: Path, descriptor: int, size: int) -> bytes:
         )
     if length > MAX_HEADER:
         raise DataError(f"{path}: header of {length} bytes; lbq reads up to {MAX_HEADER}")
-    header = os.pread(descriptor, length, 8)
+    header = read(length, 8)
     if len(header) != length:
         raise DataError(f"{path}: cut short inside the header; fetch it again")
-    return header
+    return parse_header(path, header, size)
 
 
 def parse_header(path: Path, header: bytes, size: int) -> Mapping[str, TensorInfo]:
@@ -237,7 +266,7 @@ def _check_layout(path: Path, tensors: list[TensorInfo], base: int, size: int) -
 class Checkpoint:
     """The tensors of a folder, in one file or in shards. Nothing is read before it is used."""
 
-    def __init__(self, folder: Path, files: Mapping[str, SafetensorsFile]) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, TensorFile]) -> None:
         self.folder = folder
         self.files = files  # by file name
         self._home = {name: file for file in files.values() for name in file.tensors}
@@ -254,6 +283,10 @@ class Checkpoint:
         """See :meth:`SafetensorsFile.tensor`."""
         return self._file(name).tensor(name)
 
+    def piece(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See :meth:`SafetensorsFile.piece`."""
+        return self._file(name).piece(name, start, stop)
+
     def release(self, name: str) -> None:
         """See :meth:`SafetensorsFile.release`."""
         self._file(name).release(name)
@@ -263,7 +296,11 @@ class Checkpoint:
         for file in self.files.values():
             file.close()
 
-    def _file(self, name: str) -> SafetensorsFile:
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self._file(name).path.name
+
+    def _file(self, name: str) -> TensorFile:
         file = self._home.get(name)
         if file is None:
             raise DataError(f"{self.folder}: tensor {shown(name)} is missing")
@@ -283,16 +320,30 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_files(paths: Sequence[Path]) -> Sequence[TensorFile]:
+    """Open files that are here."""
+    return [SafetensorsFile(path) for path in paths]
+
+
+def open_checkpoint(
+    folder: Path,
+    present: Iterable[str] | None = None,
+    open_shards: Callable[[Sequence[Path]], Sequence[TensorFile]] = open_files,
+) -> Checkpoint:
     """Open ``model.safetensors``, or else ``model.safetensors.index.json`` and its shards; reads headers only.
+
+    ``present`` are the names of the files, by default those in the folder; ``open_shards`` opens those that hold
+    tensors, which may be elsewhere.
 
     Raises :class:`DataError` where index and shards disagree, where there are only pickles, or where a file is broken;
     :class:`StorageError` for a folder that is missing or cannot be read.
     """
-    with storage_errors(folder):
-        present = sorted(os.listdir(folder))
+    if present is None:
+        with storage_errors(folder):
+            present = os.listdir(folder)
+    present = sorted(present)
     if SINGLE in present:
-        return Checkpoint(folder, {SINGLE: SafetensorsFile(folder / SINGLE)})
+        return Checkpoint(folder, {SINGLE: open_shards([folder / SINGLE])[0]})
     if INDEX not in present:
         raise DataError(f"{folder}: {_no_weights(present)}")
     path = folder / INDEX
@@ -300,15 +351,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     shards = list(dict.fromkeys(check_plain_name(shard, str(path)) for shard in weight_map.values()))
     if gone := [shard for shard in shards if shard not in present]:
         raise DataError(f"{path}: missing files: {listed(gone)}; fetch them")
-    files: dict[str, SafetensorsFile] = {}
-    try:
-        for shard in shards:
-            files[shard] = SafetensorsFile(folder / shard)
-        _check_index(path, weight_map, files)
-    except BaseException:
-        for file in files.values():
-            file.close()
-        raise
+    files = dict(zip(shards, open_shards([folder / shard for shard in shards]), strict=True))
+    _check_index(path, weight_map, files)
     return Checkpoint(folder, files)
 
 
@@ -322,7 +366,7 @@ def _no_weights(present: list[str]) -> str:
     return f"neither {SINGLE} nor {INDEX}"
 
 
-def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile]) -> None:
+def _check_index(path: Path, weight_map: Mapping[str, str], files: Mapping[str, TensorFile]) -> None:
     """Each tensor must be in the shard that the index says, and nowhere else."""
     missing = [name for name, shard in weight_map.items() if name not in files[shard].tensors]
     if missing:

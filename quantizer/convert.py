@@ -21,7 +21,7 @@ from lbq.formats.manifest import MANIFEST, PAGE, REPORT, Manifest
 from lbq.formats.packing import PackedWeight
 from lbq.formats.quality import Quality
 from lbq.formats.report import ModuleReport, Report
-from lbq.formats.safetensors_file import INDEX, Checkpoint, open_checkpoint
+from lbq.formats.safetensors_file import INDEX, Checkpoint
 from lbq.formats.spec import ModelSpec
 from lbq.formats.staging import StagedFolder, check_target
 from lbq.formats.tokenizer_file import TOKENIZER
@@ -36,11 +36,14 @@ from lbq.quantizer.families import read_spec
 from lbq.quantizer.measure import Meter, Totals
 from lbq.quantizer.methods import Weights
 from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
+from lbq.quantizer.remote import RemoteShard
 from lbq.quantizer.request import SHARD_BYTES, Request, make_request
 from lbq.quantizer.shards import Shards
-from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, resolve
+from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, fetch_weights, open_weights, resolve
 
 SPARE_BYTES = 64 << 20  # small files and headers, on top of the tensors
+
+REMOTE_PIECES = 4  # of a head on the Hub that are compared with the embedding
 
 OnProgress = Callable[[str, int], None]  # name of the tensor, bytes of the source that were consumed
 Measure = Callable[[Path], Quality]  # what a whole artifact's report gets, see write_artifact
@@ -65,6 +68,11 @@ class Prepared:
     def source_bytes(self) -> int:
         """Bytes that will be read."""
         return sum(self.checkpoint.info(step.source).nbytes for step in self.plan.steps)
+
+    @property
+    def remote_bytes(self) -> int:
+        """Bytes of files that are on the Hub and not here."""
+        return sum(file.size for file in self.checkpoint.files.values() if isinstance(file, RemoteShard))
 
     @property
     def peak_bytes(self) -> int:
@@ -158,10 +166,11 @@ def convert(
     )
     if out is not None:
         check_output(model, Path(out), overwrite=overwrite)
-    prepared = prepare(resolve(model, revision), request)
+    prepared = prepare(resolve(model, revision, weights=False), request)
     target = Path(out) if out is not None else Path(prepared.default_name())
+    check_target(target, overwrite=overwrite)
     return write_artifact(
-        prepared,
+        fetched(prepared),
         target,
         overwrite=overwrite,
         device=device,
@@ -183,21 +192,21 @@ def unfinished(out: Path) -> bool:
 
 def prepare(source: SourceFolder, request: Request) -> Prepared:
     """Read config, headers, tokenizer and calibration text, and decide; no weights, unless a tied checkpoint saves a
-    head too.
+    head too, of which a part is read where it is on the Hub.
 
     Raises DataError and UsageError, and what :func:`~lbq.quantizer.calibration.calibrate` raises, before any output
     exists.
     """
     adapted = read_spec(source.folder)
     check_tokenizer(source.folder, adapted.spec.vocab_size)
-    checkpoint = open_checkpoint(source.folder)
+    checkpoint = open_weights(source)
     notes = []
     if adapted.unknown_keys:
         notes.append(f"config.json: unknown keys are ignored: {', '.join(adapted.unknown_keys)}")
     if not (source.folder / TOKENIZER).is_file():
         notes.append(f"no {TOKENIZER}: the artifact has no text until the tokenizer is saved in this form")
     calibration = methods.read_calibration(request, source.folder, adapted.spec.context, notes)
-    differs = head_differs(adapted.spec, checkpoint)
+    differs = head_differs(adapted.spec, checkpoint, most=REMOTE_PIECES if source.remote else None)
     plan = make_plan(adapted.spec, checkpoint, request, notes, differs)
     spec, unknown = adapted.spec, adapted.unknown_keys
     return Prepared(source, request, checkpoint, plan, spec, unknown, tuple(notes), differs, calibration)
@@ -208,6 +217,17 @@ def replan(prepared: Prepared, request: Request) -> Prepared:
     p = prepared
     plan = make_plan(p.source_spec, p.checkpoint, request, p.first_notes, p.head_differs)
     return replace(prepared, request=request, plan=plan)
+
+
+def fetched(prepared: Prepared) -> Prepared:
+    """The same with all weights in the Hub's cache. Raises what fetching and :func:`prepare` raise."""
+    if prepared.source.remote is None:
+        return prepared
+    source = fetch_weights(prepared.source)
+    checkpoint = open_weights(source)
+    if head_differs(prepared.source_spec, checkpoint) != prepared.head_differs:
+        return prepare(source, prepared.request)
+    return replace(prepared, source=source, checkpoint=checkpoint)
 
 
 def write_artifact(
@@ -321,16 +341,20 @@ def _weight_files(prepared: Prepared) -> list[Path]:
     return ([index] if index.is_file() else []) + [folder / name for name in sorted(prepared.checkpoint.files)]
 
 
-def head_differs(spec: ModelSpec, checkpoint: Checkpoint) -> bool:
-    """Whether a tied checkpoint saves a head that is not the embedding; transformers then loads them untied."""
+def head_differs(spec: ModelSpec, checkpoint: Checkpoint, most: int | None = None) -> bool:
+    """Whether a tied checkpoint saves a head that is not the embedding; transformers then loads them untied.
+
+    ``most``: how many pieces, of CPU_BLOCK weights, are compared at most.
+    """
     head, embedding = f"{spec.head.name}.weight", f"{spec.embedding}.weight"
     names = checkpoint.names()
     if not spec.tied or head not in names or embedding not in names:
         return False
-    a, b = checkpoint.tensor(head), checkpoint.tensor(embedding)
+    a, b = checkpoint.info(head), checkpoint.info(embedding)
     same = a.shape == b.shape and a.dtype == b.dtype
-    blocks = zip(a.flatten().split(tensors.CPU_BLOCK), b.flatten().split(tensors.CPU_BLOCK), strict=same)
-    same = same and all(torch.equal(x, y) for x, y in blocks)
+    starts = range(0, a.nbytes // a.dtype.itemsize, tensors.CPU_BLOCK)[:most] if same else ()
+    pieces = ([checkpoint.piece(name, at, at + tensors.CPU_BLOCK) for name in (head, embedding)] for at in starts)
+    same = same and all(torch.equal(x, y) for x, y in pieces)
     for name in (head, embedding):
         checkpoint.release(name)
     return not same

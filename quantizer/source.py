@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Self
@@ -13,11 +14,12 @@ from lbq.formats.disk import FileEntry, hash_file, readable
 from lbq.formats.errors import DataError, LbqError, UsageError
 from lbq.formats.front_matter import license_of, parse_card
 from lbq.formats.manifest import MANIFEST, License
-from lbq.formats.safetensors_file import INDEX, SINGLE
+from lbq.formats.safetensors_file import INDEX, SINGLE, Checkpoint, open_checkpoint
 from lbq.formats.tokenizer_file import TOKENIZER, check_rows, load_tokenizer, vocabulary_rows
 from lbq.hub.client import OnNote, quiet
 from lbq.hub.names import find_model
 from lbq.hub.snapshot import Snapshot, open_snapshot
+from lbq.quantizer.remote import open_remote
 
 # Files that travel with a model besides config.json and the weights.
 COMPANIONS = (
@@ -36,16 +38,20 @@ LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 CONFIG = "config.json"
 README = "README.md"
 README_BYTES = 4 << 20
-WEIGHTS = (SINGLE, "model-*.safetensors", INDEX)
+WEIGHTS = (SINGLE, "model-*.safetensors")
 
 
 @dataclass(frozen=True)
 class SourceFolder:
-    """A checkpoint on disk. ``name`` is what the user called it, or the Hub id; ``label`` is its last component."""
+    """A checkpoint on disk. ``name`` is what the user called it, or the Hub id; ``label`` is its last component.
+
+    ``remote``: the weights may be on the Hub, and the folder has all else.
+    """
 
     folder: Path
     name: str
     revision: str | None = None
+    remote: Snapshot | None = None
 
     @property
     def label(self) -> str:
@@ -68,29 +74,51 @@ class SourceFolder:
         return license_of(card.metadata)
 
 
-def resolve(model: str | Path, revision: str | None = None, on_note: OnNote = quiet) -> SourceFolder:
+def resolve(
+    model: str | Path, revision: str | None = None, on_note: OnNote = quiet, *, weights: bool = True
+) -> SourceFolder:
     """Find a model: an existing folder, else a Hub id whose files are fetched into the standard cache.
 
-    ``revision`` is a branch, tag or commit of a Hub id, which may also end in ``@revision``. Raises StorageError where
+    ``revision`` is a branch, tag or commit of a Hub id, which may also end in ``@revision``. Without ``weights`` those
+    of a Hub id stay where they are: :func:`open_weights` then reads their headers alone. Raises StorageError where
     there is no such folder and the name is no Hub id, RemoteError where the Hub fails, DataError for what it holds.
     """
     found = find_model(model, revision)
     if isinstance(found, Path):
         return SourceFolder(found, readable(found.resolve().name))
-    return fetch_source(open_snapshot(found, on_note))
+    return fetch_source(open_snapshot(found, on_note), weights=weights)
 
 
-def fetch_source(snapshot: Snapshot) -> SourceFolder:
-    """Fetch what a conversion reads of a repository; errors as :func:`resolve`."""
+def fetch_source(snapshot: Snapshot, *, weights: bool = True) -> SourceFolder:
+    """Fetch what a conversion reads of a repository; arguments and errors as :func:`resolve`."""
     if MANIFEST in snapshot.files:
         raise UsageError(f"{snapshot.hub_id}: an artifact, quantized already; lbq run {snapshot.hub_id}")
     if CONFIG not in snapshot.files:
         raise DataError(f"{snapshot.hub_id}: not a checkpoint (no {CONFIG}); look at its files on the Hub")
     folder = snapshot.fetch(CONFIG).parent
-    for name in sorted(snapshot.files):
-        if "/" not in name and any(fnmatchcase(name, pattern) for pattern in (README, *COMPANIONS, *LEGAL, *WEIGHTS)):
-            snapshot.fetch(name)
-    return SourceFolder(folder, snapshot.hub_id.name, snapshot.commit)
+    for name in _matching(snapshot, (README, INDEX, *COMPANIONS, *LEGAL, *(WEIGHTS if weights else ()))):
+        snapshot.fetch(name)
+    return SourceFolder(folder, snapshot.hub_id.name, snapshot.commit, None if weights else snapshot)
+
+
+def fetch_weights(source: SourceFolder) -> SourceFolder:
+    """The same source, all of it in the cache; errors as :func:`resolve`."""
+    if source.remote is None:
+        return source
+    for name in _matching(source.remote, WEIGHTS):
+        source.remote.fetch(name)
+    return replace(source, remote=None)
+
+
+def open_weights(source: SourceFolder) -> Checkpoint:
+    """The source's tensors, by headers alone where they are on the Hub. Raises what opening a checkpoint raises, and
+    RemoteError."""
+    return open_checkpoint(source.folder) if source.remote is None else open_remote(source.remote, source.folder)
+
+
+def _matching(snapshot: Snapshot, patterns: Sequence[str]) -> list[str]:
+    """Files at the top of a repository, in order."""
+    return [n for n in sorted(snapshot.files) if "/" not in n and any(fnmatchcase(n, p) for p in patterns)]
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -52,9 +52,10 @@ def estimate(prepared: Prepared, out: Path, device: torch.device) -> Timing:
             group = step.group if step.group < step.entry.k else ROW
             weights[step.entry.bits, group] += step.entry.n * step.entry.k
     quantizing = sum(count * _seconds_a_weight(bits, group, device) for (bits, group), count in weights.items())
-    present = [file.path for file in prepared.checkpoint.files.values()]
-    nbytes = prepared.source_bytes
-    reading = nbytes * _seconds_a_byte(max(present, key=lambda path: path.stat().st_size))
+    reading = None
+    if not prepared.remote_bytes:
+        largest = max((file.path for file in prepared.checkpoint.files.values()), key=lambda path: path.stat().st_size)
+        reading = prepared.source_bytes * _seconds_a_byte(largest)
     a_byte = _seconds_a_written_byte(out.absolute().parent)
     writing = None if a_byte is None else prepared.plan.nbytes * (a_byte + _seconds_a_hashed_byte())
     return Timing(quantizing, reading, writing)

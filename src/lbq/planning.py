@@ -78,6 +78,7 @@ class Forecast:
     bytes: int
     bits_per_weight: float
     source_bytes: int
+    remote_bytes: int  # on the Hub, and yet to be fetched
     peak_bytes: int  # of memory on top of the interpreter's, to convert
     disk_bytes: int  # to convert, the artifact among them
     disk_free: int
@@ -115,6 +116,7 @@ def forecast(
         bytes=plan.nbytes,
         bits_per_weight=plan.bits_per_weight,
         source_bytes=prepared.source_bytes,
+        remote_bytes=prepared.remote_bytes,
         peak_bytes=prepared.peak_bytes,
         disk_bytes=plan.nbytes + prepared.tuning_sizes.disk,
         disk_free=free_bytes(out),

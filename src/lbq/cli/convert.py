@@ -70,7 +70,7 @@ def convert(
     A PATTERN names a layer by whole components of its name, as a shell glob: down_proj, layers.0, layers.[0-3].mlp.
     """
     from lbq.evaluation.report import ReportRequest
-    from lbq.quantizer.convert import check_output, prepare, unfinished
+    from lbq.quantizer.convert import check_output, fetched, prepare, unfinished
     from lbq.quantizer.source import resolve
 
     report = report or ("weights" if target_bpw is None else "full")
@@ -85,7 +85,7 @@ def convert(
     )
     if out is not None and not dry_run:
         check_output(model, out, overwrite=overwrite)
-    source = resolve(model, wish.revision, note)
+    source = resolve(model, wish.revision, note, weights=False)
     prepared = prepare(source, request)
     target = out or Path(prepared.default_name(target_bpw))
     for line in prepared.plan.notes:
@@ -103,6 +103,8 @@ def convert(
 
         show(forecast(prepared, target, device), as_json)
         return
+    check_output(model, target, overwrite=overwrite)
+    prepared = fetched(prepared)
     try:
         done = _write(prepared, measurement, study, target, overwrite=overwrite, restart=method.restart, device=device)
     except (KeyboardInterrupt, SystemExit):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbq.cli.display import note, print_json, size, table
-from lbq.cli.options import Wish, quantization_options, readers_option
+from lbq.cli.options import Method, Wish, method_options, quantization_options, readers_option
 
 if TYPE_CHECKING:
     from lbq.formats.readers import Fit
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @quantization_options()
 @readers_option
+@method_options()
 @click.option("--out", type=click.Path(path_type=Path), help="Where the artifact would be.  [./NAME-int4-g256]")
 @click.option("--context", type=int, help="Tokens of the longest text to be run.  [8192, or the model's]")
 @click.option(
@@ -34,6 +35,7 @@ def plan(
     model: str,
     wish: Wish,
     readers: tuple[str, ...],
+    method: Method,
     out: Path | None,
     context: int | None,
     device: Any,
@@ -46,7 +48,8 @@ def plan(
     from lbq.quantizer.convert import prepare
     from lbq.quantizer.source import resolve
 
-    prepared = prepare(resolve(model, wish.revision, note), wish.request(readers=readers, strict=strict))
+    request = wish.request(readers=readers, strict=strict, tuning=method.tuning())
+    prepared = prepare(resolve(model, wish.revision, note, weights=False), request)
     for text in prepared.plan.notes:
         note(text)
     show(forecast(prepared, out or Path(prepared.default_name()), device, context), as_json)
@@ -69,6 +72,8 @@ def show(found: Forecast, as_json: bool) -> None:
         f"converts  with {size(found.peak_bytes)} of memory on top of Python's and {size(found.disk_bytes)} of disk "
         f"({size(found.disk_free)} free), {_time(found)}"
     )
+    if found.remote_bytes:
+        click.echo(f"fetches   {size(found.remote_bytes)} from the Hub")
     click.echo(f"runs      with texts of up to {found.cpu.context} tokens, on a CPU in {_memory(found.cpu)}")
     click.echo(f"          on a GPU in {_memory(found.gpu)}{_free(found.gpu)}")
 

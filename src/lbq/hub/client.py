@@ -24,6 +24,7 @@ OnNote = Callable[[str], None]
 TIMEOUT = 30.0  # seconds until a question about a repository counts as unanswered
 WAITS = (1, 2, 4, 8)  # seconds between attempts
 LONGEST_WAIT = 300  # seconds; the Hub counts requests over five minutes
+PARTIAL = 206
 _PASSING = frozenset((408, 429, 500, 502, 503, 504))
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -104,6 +105,27 @@ def patiently(call: Callable[[], T], on_note: OnNote) -> T:
             on_note(f"the Hub: {_reason(root_of(error))}; trying again in {pause} s")
             time.sleep(pause)
     return call()
+
+
+def read_range(api: HfApi, repository: str, name: str, revision: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file on the Hub, as many as it has. Raises the client's errors, RemoteError for a server
+    that knows no ranges."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    url = hf_hub_url(repository, name, revision=revision, endpoint=api.endpoint)
+    headers = build_hf_headers(library_name="lbq", library_version=__version__)
+    headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as answer:
+        hf_raise_for_status(answer)
+        if answer.status_code != PARTIAL and start:
+            raise RemoteError(f"{repository}: {name}: the server knows no ranges; look at HF_ENDPOINT")
+        content = bytearray()
+        for block in answer.iter_bytes():
+            content += block
+            if len(content) >= stop - start:  # else a server without ranges would send all of it
+                break
+    return bytes(content[: stop - start])
 
 
 def is_unreachable(error: Exception) -> bool:

@@ -21,6 +21,7 @@ from lbq.hub.client import (
     new_api,
     patiently,
     quiet,
+    read_range,
     told,
 )
 from lbq.hub.names import HubId, is_commit
@@ -82,6 +83,36 @@ class Snapshot:
             raise RemoteError(f"{self}: {name} is not in the cache, and the Hub is out of reach: run again with it")
         with hub_errors(f"{self.hub_id}: {name}"), told(self._on_note):
             return self._download(name)
+
+    def size(self, name: str) -> int:
+        """The bytes of a file. Raises RemoteError where the Hub did not say."""
+        size = self.files[name].size
+        if size is None:
+            raise RemoteError(f"{self}: the Hub does not say how large {name} is; look at HF_ENDPOINT")
+        return size
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file, as many as it has, without fetching the rest; safe in several threads.
+
+        Raises RemoteError for the Hub.
+        """
+        if not self.online:
+            raise RemoteError(f"{self}: {name} is not in the cache, and the Hub is out of reach: run again with it")
+        with hub_errors(f"{self.hub_id}: {name}"):
+            return patiently(lambda: read_range(self._api, self.hub_id.name, name, self.commit, start, stop), quiet)
+
+    def fetch_into(self, folder: Path, name: str) -> Path:
+        """A file fetched into a folder and not into the cache; one that was cut there goes on. Errors as :meth:`fetch`.
+
+        The client keeps its own notes in ``folder/.cache``.
+        """
+        check_plain_name(name, str(self))
+
+        def download() -> str:
+            return self._api.hf_hub_download(self.hub_id.name, name, revision=self.commit, local_dir=folder)
+
+        with hub_errors(f"{self.hub_id}: {name}"):
+            return Path(patiently(download, quiet))
 
     def forget(self, name: str) -> None:
         """Remove a file from the cache, content and all."""
