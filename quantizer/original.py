@@ -12,11 +12,11 @@ import torch
 
 from lbq.formats.artifact import DENSE_DTYPE
 from lbq.formats.packing import PackedWeight
-from lbq.formats.safetensors_file import Checkpoint, open_checkpoint
+from lbq.formats.safetensors_file import Checkpoint
 from lbq.quantizer.convert import head_differs
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.plan import Keep, Plan, keep_all
-from lbq.quantizer.source import SourceFolder
+from lbq.quantizer.source import SourceFolder, open_weights
 
 
 class Original:
@@ -67,7 +67,7 @@ def open_original(source: SourceFolder) -> Original:
     Raises DataError and StorageError as a conversion of it would.
     """
     adapted = read_spec(source.folder)
-    checkpoint = open_checkpoint(source.folder)
+    checkpoint = open_weights(source)
     try:
         plan = keep_all(adapted.spec, checkpoint, head_differs(adapted.spec, checkpoint))
     except BaseException:

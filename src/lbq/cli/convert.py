@@ -91,9 +91,10 @@ def convert(
     for line in prepared.plan.notes:
         note(line)
     measurement = study = None
+    if not dry_run:
+        check_output(model, target, overwrite=overwrite)
+        prepared = fetched(prepared)
     if measured.kind != "weights" and (target_bpw is not None or not dry_run):
-        if not dry_run:
-            check_output(model, target, overwrite=overwrite)
         measurement = _measurement(measured, prepared, device)
         if measured.kind == "full":
             study = _study(prepared, measurement, target_bpw, sensitivity or method.calib)
@@ -103,8 +104,6 @@ def convert(
 
         show(forecast(prepared, target, device), as_json)
         return
-    check_output(model, target, overwrite=overwrite)
-    prepared = fetched(prepared)
     try:
         done = _write(prepared, measurement, study, target, overwrite=overwrite, restart=method.restart, device=device)
     except (KeyboardInterrupt, SystemExit):
