@@ -332,7 +332,10 @@ class Hub:
             return kept
         if branch in kept.refs:
             return failure(409, "Reference already exists")
-        kept.refs[branch] = kept.refs["main"]
+        start = kept.resolve(json.loads(request.body or b"{}").get("startingPoint", "main"))
+        if start is None:
+            return failure(404, "Invalid rev id", "RevisionNotFound")
+        kept.refs[branch] = start.oid
         return as_json({})
 
     def validate_yaml(self, request: Request) -> Answer:

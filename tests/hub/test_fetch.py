@@ -323,4 +323,4 @@ def test_without_the_package() -> None:
     command = [sys.executable, "-c", program, "run", NAME, "-p", "Hi"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"lbq: error: {NAME}: no such folder, and the Hub needs a package: pip install")
+    assert done.stderr == f"lbq: error: {NAME}: a name on the Hub, which needs a package: pip install huggingface_hub\n"

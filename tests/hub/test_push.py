@@ -237,10 +237,27 @@ def test_a_branch(hub: Hub, push: Lbq, kept_artifact: Path, lbq: Lbq) -> None:
     assert (done.code, "cannot be pushed to" in done.error) == (2, True)
 
 
+def test_a_branch_begins_where_main_was_looked_at(
+    hub: Hub, push: Lbq, kept_artifact: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """With main's files, of which those of an earlier artifact go."""
+    assert push(kept_artifact).code == 0
+    hub.put(NAME, "theirs.txt", b"1")
+    main = hub.head(NAME)
+    new = convert(checkpoints["llama"], tmp_path / "new", group=64, device="cpu").path
+    assert "me/tiny-int4@v2: would be made" in push(new, "--revision", "v2", "--dry-run").out
+    hub.before("POST", "/branch/", lambda: hub.put(NAME, "theirs.txt", b"2"))
+    assert push(new, "--revision", "v2").code == 0
+    assert published(hub, "v2") == {**files_of(new), "theirs.txt": b"1"}
+    assert hub.repos[NAME].commits[hub.head(NAME, "v2")].parent == main
+    assert published(hub) == {**files_of(kept_artifact), "theirs.txt": b"2"}
+
+
 def test_a_public_repository_where_a_private_one_is_asked_for(hub: Hub, push: Lbq, kept_artifact: Path) -> None:
     hub.add(NAME, {})
     done = push(kept_artifact, "--private")
     assert (done.code, "the repository is public" in done.error) == (2, True)
+    assert push(kept_artifact, "--private", "--revision", "v2").code == 2
     hub.repos[NAME].private = True
     assert push(kept_artifact, "--private").code == 0
 

@@ -11,7 +11,7 @@ from lbq.cli.display import note, print_json, progress, size
 from lbq.formats.disk import listed, readable
 
 if TYPE_CHECKING:
-    from lbq.hub.changes import Changes
+    from lbq.hub.push import Push
 
 
 @click.command()
@@ -64,21 +64,21 @@ def push(
         note(f"{changes.hub_id}: not lbq's, and left alone: {listed(list(changes.foreign))}")
     with progress("Verifying", len(files), sum(entry.size for entry in files.values())) as bar:
         check_files(prepared, bar.advance)
-    done = None if dry_run or changes.is_empty else carry_out(prepared, message, note)
+    done = None if dry_run or prepared.is_empty else carry_out(prepared, message, note)
     if as_json:
         names = [file.name for file in changes.uploads]
         print_json({"uploads": names, "deleted": changes.deleted, "foreign": changes.foreign, "pushed": done})
     elif done is not None:
         click.echo(done.pull_request or done.url)
     else:
-        _print_changes(changes, makes_repository=prepared.makes_repository)
+        _print_changes(prepared)
 
 
-def _print_changes(changes: Changes, *, makes_repository: bool) -> None:
-    if changes.is_empty:
+def _print_changes(push: Push) -> None:
+    changes = push.changes
+    if push.is_empty:
         click.echo(f"{changes.hub_id}: nothing to do, all {len(changes.wanted)} files are there")
-        return
-    if makes_repository:
+    if push.makes:
         click.echo(f"{changes.hub_id}: would be made")
     for file in changes.uploads:
         click.echo(f"upload  {file.name}  {size(file.size)}")

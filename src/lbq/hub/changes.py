@@ -45,7 +45,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Changes:
-    """``parent``: the commit they are to; None where the repository or the branch is made first."""
+    """``parent``: the commit that they are made on; None where the repository is made first."""
 
     hub_id: HubId
     parent: str | None

@@ -35,9 +35,7 @@ def new_api(name: str) -> HfApi:
     try:
         from huggingface_hub import HfApi  # slow to import, and not needed for a folder
     except ModuleNotFoundError:
-        raise UsageError(
-            f"{name}: no such folder, and the Hub needs a package: pip install huggingface_hub, or give a folder"
-        ) from None
+        raise UsageError(f"{name}: a name on the Hub, which needs a package: pip install huggingface_hub") from None
     return HfApi(library_name="lbq", library_version=__version__)
 
 
@@ -47,17 +45,17 @@ def quiet(text: str) -> None:
 
 
 @contextmanager
-def told(on_note: OnNote) -> Iterator[None]:
-    """What the client logs and warns of inside becomes notes; its bars are for terminals."""
+def told(on_note: OnNote, *, bars: bool = True) -> Iterator[None]:
+    """What the client logs and warns of inside becomes notes; its bars are for terminals, and for what takes time."""
     from huggingface_hub import constants
     from huggingface_hub.utils import logging as client_logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger = client_logging.get_logger("huggingface_hub")
     handlers, logger.handlers = logger.handlers, [_Notes(on_note)]
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    shown = bars and sys.stderr is not None and sys.stderr.isatty()
     undecided = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
-    without_bars = undecided and not on_terminal
+    without_bars = undecided and not shown
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
@@ -197,7 +195,7 @@ def _advice(error: BaseException) -> str:
     if status is not None and status >= 500:
         return f"the Hub fails ({status}): run again later"
     if status is not None:
-        return f"the Hub answers {status}: {_reason(error)}"
+        return f"the Hub answers {_reason(error)}"
     if _is_transport(error):
         return f"the Hub cannot be reached ({_reason(error)}): look at the network and HF_ENDPOINT, and run again"
     return _reason(error)

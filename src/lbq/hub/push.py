@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lbq import __version__
 from lbq.formats.artifact import open_artifact, verify
@@ -49,7 +49,12 @@ class Push:
     changes: Changes
     private: bool
     create_pr: bool
-    makes_repository: bool
+    makes: Literal["repository", "branch"] | None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the branch is there and as it shall be."""
+        return self.makes is None and self.changes.is_empty
 
 
 @dataclass(frozen=True)
@@ -86,15 +91,14 @@ def prepare_push(
     hub_id = _place(repository, revision)
     with open_artifact(folder) as artifact:
         manifest = artifact.manifest
-    new_api(repository)
-    remote, exists = _look(hub_id, on_note)
-    if create_pr and remote is None:
+    remote, makes = _look(hub_id, on_note)
+    if create_pr and makes:
         raise UsageError(f"{hub_id}: there is nothing to open a pull request to; leave out --create-pr")
     if private and remote is not None and remote.private is False:
         raise UsageError(f"{hub_id}: the repository is public; make it private on the Hub, or leave out --private")
     wanted = (*_files(folder, manifest), _card(folder, manifest, hub_id, remote, on_note))
     changes = find_changes(wanted, hub_id, remote, on_note)
-    return Push(folder, manifest, changes, private, create_pr, not exists)
+    return Push(folder, manifest, changes, private, create_pr, makes)
 
 
 def require_token(name: str) -> None:
@@ -119,11 +123,11 @@ def carry_out(push: Push, message: str | None = None, on_note: OnNote = quiet) -
     Raises RemoteError for the Hub, also where somebody else committed meanwhile, and DataError for a file that changed
     meanwhile. The branch is then as it was.
     """
-    changes, name = push.changes, push.changes.hub_id.name
+    name = push.changes.hub_id.name
     api = new_api(name)
     require_token(name)
     with hub_errors(name), told(on_note):
-        parent = changes.parent or _make_place(api, push, on_note)
+        parent = _make_place(api, push, on_note)
         operations = _upload(api, push)
         return _commit(api, push, parent, operations, message or _summary(push.manifest), on_note)
 
@@ -137,18 +141,22 @@ def _place(repository: str, revision: str | None) -> HubId:
     return hub_id
 
 
-def _look(hub_id: HubId, on_note: OnNote) -> tuple[Snapshot | None, bool]:
-    """The branch, if there is one, and whether there is a repository."""
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+def _look(hub_id: HubId, on_note: OnNote) -> tuple[Snapshot | None, Literal["repository", "branch"] | None]:
+    """What the commit will be made on, and what is to be made before; a new branch begins where main is."""
+    new_api(str(hub_id))
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return online_snapshot(hub_id, on_note), True
-    except RevisionNotFoundError:
-        return None, True
+        try:
+            return online_snapshot(hub_id, on_note), None
+        except RevisionNotFoundError:
+            if hub_id.revision == MAIN:
+                raise
+            return online_snapshot(HubId(hub_id.name), on_note), "branch"
     except RepositoryNotFoundError as error:
-        if type(error) is not RepositoryNotFoundError:  # a gated one is there
+        if isinstance(error, GatedRepoError):
             raise explained(error, str(hub_id)) from error
-        return None, False
+        return None, "repository"
     except LbqError:
         raise
     except Exception as error:
@@ -180,13 +188,15 @@ def _own_card(folder: Path) -> str | None:
 
 
 def _make_place(api: HfApi, push: Push, on_note: OnNote) -> str:
-    """Make the repository or the branch; the commit that it begins with."""
-    hub_id = push.changes.hub_id
-    if push.makes_repository:
+    """Make the repository or the branch, if need be; the commit to build on."""
+    hub_id, parent = push.changes.hub_id, push.changes.parent
+    if push.makes == "repository":
         api.create_repo(hub_id.name, private=push.private)
-    if hub_id.revision != MAIN:
-        api.create_branch(hub_id.name, branch=hub_id.revision)
-    return online_snapshot(hub_id, on_note).commit
+        parent = online_snapshot(HubId(hub_id.name), on_note).commit
+    assert parent is not None
+    if push.makes and hub_id.revision != MAIN:
+        api.create_branch(hub_id.name, branch=hub_id.revision, revision=parent)
+    return parent
 
 
 def _upload(api: HfApi, push: Push) -> list[CommitOperationAdd]:

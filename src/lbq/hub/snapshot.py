@@ -29,6 +29,8 @@ from lbq.hub.names import HubId, is_commit
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
+SLOW = 10 << 20  # bytes of a file whose download is worth a bar
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -81,7 +83,9 @@ class Snapshot:
             return present
         if not self.online:
             raise RemoteError(f"{self}: {name} is not in the cache, and the Hub is out of reach: run again with it")
-        with hub_errors(f"{self.hub_id}: {name}"), told(self._on_note):
+        remote = self.files.get(name)
+        slow = remote is None or remote.size is None or remote.size >= SLOW
+        with hub_errors(f"{self.hub_id}: {name}"), told(self._on_note, bars=slow):
             return self._download(name)
 
     def size(self, name: str) -> int:
