@@ -63,6 +63,18 @@ def test_a_revision_is_pinned(hub: Hub, lbq: Lbq, on_hub: str) -> None:
     assert (done.code, done.error) == (6, f"{NAME}@v2: no such branch, tag or commit")
 
 
+def test_a_branch_that_moves_meanwhile(hub: Hub, lbq: Lbq, on_hub: str, artifact_files: dict[str, bytes]) -> None:
+    """All files are of the commit that was looked at."""
+    moved = {**artifact_files, "lbq.json": b"{}", "config.json": b"[]"}
+    hub.before("HEAD", "/resolve/main/lbq.json", lambda: hub.add(NAME, moved))
+    done = lbq("pull", NAME)
+    assert done.code == 0, done.err
+    folder = Path(done.out.strip())
+    assert folder.name == on_hub
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == artifact_files
+    assert lbq("pull", NAME).code == 3
+
+
 @pytest.mark.usefixtures("on_hub")
 def test_offline_from_the_cache(hub: Hub, lbq: Lbq, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
