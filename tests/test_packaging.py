@@ -73,6 +73,6 @@ def test_sdist(dist: Path) -> None:
     assert {"pyproject.toml", "README.md", "LICENSE", "quantizer/rtn.py", "src/lbq/py.typed"} <= names
     assert not [name for name in names if name.endswith((".pyc", ".whl"))]
     weights = {str(Path(name).parent) for name in names if name.endswith(".safetensors")}
-    assert weights == {"tests/quantizer/foreign/gptqmodel"}  # a few layers of a tiny model
+    assert weights == {f"tests/quantizer/foreign/{tool}" for tool in ("gptqmodel", "mlx")}  # of tiny models
     assert not [name for name in names if name.startswith(("src/lbq/quantizer", "models", ".venv"))]
     assert sum(member.size for member in members) < 5 << 20

@@ -1,4 +1,4 @@
-"""Checkpoints that other tools quantised: compressed-tensors, GPTQ, AWQ and AutoRound."""
+"""Checkpoints that other tools quantised: compressed-tensors, GPTQ, AWQ, AutoRound and MLX."""
 
 from __future__ import annotations
 

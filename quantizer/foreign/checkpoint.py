@@ -27,6 +27,7 @@ from lbq.quantizer.foreign.coded import Coded, NoImage
 from lbq.quantizer.foreign.compressed import parse_compressed
 from lbq.quantizer.foreign.gptq import parse_gptq
 from lbq.quantizer.foreign.layout import Layout, Stored
+from lbq.quantizer.foreign.mlx import parse_mlx
 from lbq.quantizer.plan import check_names, check_source
 from lbq.quantizer.source import SourceFolder
 
@@ -39,11 +40,11 @@ PARSERS: dict[str, Parser] = {
     "auto-round": parse_autoround,
     "intel/auto-round": parse_autoround,  # before 0.4
 }
-READABLE = "compressed-tensors, GPTQ, AWQ and AutoRound"
+READABLE = "compressed-tensors, GPTQ, AWQ, AutoRound and MLX"
 
 
 class _Method(msgspec.Struct):
-    quant_method: str = "none named"
+    quant_method: str | None = None  # MLX names none
 
 
 class ForeignCheckpoint:
@@ -61,7 +62,7 @@ class ForeignCheckpoint:
         self.folder = source.folder
         self.spec = spec
         self.notes = notes
-        self.layers = layers  # quantised ones, by module
+        self.layers = layers  # quantised ones, by module; MLX has the embedding among them
         self._checkpoint, self._layout = checkpoint, layout
 
     @property
@@ -79,7 +80,8 @@ class ForeignCheckpoint:
         return self.coded(module).image()
 
     def nbytes(self, module: str) -> int:
-        """Bytes of a linear layer's weight: codes, scales, zero points and indices, or floats."""
+        """Bytes of a linear layer's weight: codes, scales, zero points and indices, or floats; a tied head's are the
+        embedding's."""
         names = [name for name in self._tensors(module) if not name.endswith(".weight_shape")]
         return sum(self._checkpoint.info(name).nbytes for name in names)
 
@@ -126,10 +128,9 @@ class ForeignCheckpoint:
         self.close()
 
     def _tensors(self, module: str) -> tuple[str, ...]:
-        if module in self.layers:
-            return self.layers[module].tensors
-        name = f"{module}.weight"
-        return (name if name in self._checkpoint else f"{self.spec.embedding}.weight",)  # a tied head
+        if self.spec.tied and module == self.spec.head.name:
+            module = self.spec.embedding
+        return self.layers[module].tensors if module in self.layers else (f"{module}.weight",)
 
 
 def open_foreign(source: SourceFolder) -> ForeignCheckpoint:
@@ -156,9 +157,9 @@ def open_foreign(source: SourceFolder) -> ForeignCheckpoint:
 
 def _layout(settings: bytes, where: str) -> Layout:
     method = json_file.decode(settings, _Method, where).quant_method
-    parse = PARSERS.get(method)
+    parse = parse_mlx if method is None else PARSERS.get(method)
     if parse is None:
-        raise DataError(f"{where}: quant_method {shown(method)} is not supported: {READABLE} are")
+        raise DataError(f"{where}: quant_method {shown(method or '')} is not supported: {READABLE} are")
     return parse(settings, where)
 
 
@@ -166,10 +167,12 @@ def _locate(spec: ModelSpec, checkpoint: Checkpoint, layout: Layout | None) -> d
     """The quantised layers: those with the layout's tensors."""
     if layout is None:
         return {}
+    shapes = {p.name: (p.out_features, p.in_features) for p in spec.projections()}
+    shapes[spec.embedding] = (spec.vocab_size, spec.hidden_size)
     found = {
-        p.name: layout.locate(checkpoint, p.name, p.out_features, p.in_features)
-        for p in spec.projections()
-        if f"{p.name}.{layout.marker}" in checkpoint
+        name: layout.locate(checkpoint, name, *shape)
+        for name, shape in shapes.items()
+        if f"{name}.{layout.marker}" in checkpoint
     }
     if not found:
         raise DataError(f"{checkpoint.folder}: quantized by its config, but no layer has a {layout.marker}")
@@ -192,8 +195,9 @@ def _untie(spec: ModelSpec, checkpoint: Checkpoint, layers: dict[str, Stored]) -
 
 def _check_rest(spec: ModelSpec, tied: bool, checkpoint: Checkpoint, layers: dict[str, Stored]) -> None:
     """Every other tensor of the model is there in its shape, and no tensor is left over."""
-    needed: dict[str, tuple[int, ...]] = {f"{spec.embedding}.weight": (spec.vocab_size, spec.hidden_size)}
-    needed |= {f"{name}.weight": (width,) for name, width in spec.norms()}
+    needed: dict[str, tuple[int, ...]] = {f"{name}.weight": (width,) for name, width in spec.norms()}
+    if spec.embedding not in layers:
+        needed[f"{spec.embedding}.weight"] = (spec.vocab_size, spec.hidden_size)
     head = f"{spec.head.name}.weight"
     for p in spec.projections():
         if p.name not in layers and not (spec.tied and p.name == spec.head.name):

@@ -23,7 +23,8 @@ class Coded:
     """W[n, k] = scales[n, j] · (codes[n, k] − zeros[n, j]) where j is ``columns[k]``, by default k // group.
 
     ``codes`` are unsigned, uint8 [N, K]; ``scales`` and ``zeros`` are [N, G], the first finite floats of any width,
-    the second int16, None standing for 2^(bits−1) everywhere. The last group may be shorter than the others.
+    the second int16, None standing for 2^(bits−1) everywhere. The last group may be shorter than the others. Where
+    there are ``biases``, floats [N, G], there are no zero points: W[n, k] = scales[n, j] · codes[n, k] + biases[n, j].
     """
 
     codes: torch.Tensor
@@ -32,16 +33,18 @@ class Coded:
     bits: int
     group: int
     columns: torch.Tensor | None = None  # int64 [K], below G
+    biases: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
         assert self.codes.dtype == torch.uint8
         assert self.scales.shape == (n, -(-k // self.group))
         assert self.zeros is None or self.zeros.shape == self.scales.shape
+        assert self.biases is None or (self.zeros is None and self.biases.shape == self.scales.shape)
         assert self.columns is None or self.columns.shape == (k,)
 
     def dequantize(self) -> torch.Tensor:
-        """The matrix, float32 [N, K]: exact for scales of up to 16 bits."""
+        """The matrix, float32 [N, K]: exact for scales of up to 16 bits, but for the rounding of a sum with biases."""
         n, k = self.codes.shape
         out = torch.empty(n, k, dtype=torch.float32)
         columns = self._columns()
@@ -49,8 +52,12 @@ class Coded:
         for at in range(0, n, rows):
             part = slice(at, at + rows)
             values = self.codes[part].to(torch.float32)
-            values -= 1 << (self.bits - 1) if self.zeros is None else self.zeros[part].to(torch.float32)[:, columns]
-            out[part] = values.mul_(self.scales[part].to(torch.float32)[:, columns])
+            scales = self.scales[part].to(torch.float32)[:, columns]
+            if self.biases is not None:
+                out[part] = values.mul_(scales).add_(self.biases[part].to(torch.float32)[:, columns])
+            else:
+                values -= 1 << (self.bits - 1) if self.zeros is None else self.zeros[part].to(torch.float32)[:, columns]
+                out[part] = values.mul_(scales)
         return out
 
     def image(self) -> PackedWeight | NoImage:
@@ -60,7 +67,7 @@ class Coded:
         middle = 1 << (self.bits - 1)
         if self.bits not in BITS:
             return NoImage(f"{self.bits} bits")
-        if self.zeros is not None and not bool((self.zeros == middle).all()):
+        if self.biases is not None or (self.zeros is not None and not bool((self.zeros == middle).all())):
             return NoImage("asymmetric: zero points differ from the middle")
         if self.columns is not None and not torch.equal(self.columns, torch.arange(k) // self.group):
             return NoImage("act-order: groups are not of neighbours")

@@ -22,7 +22,8 @@ def storage_of(model: Artifact | ForeignCheckpoint) -> Storage:
     shares: Counter[tuple[int, int | None]] = Counter()
     nbytes = 0
     for p in model.spec.projections():
-        layer = model.layers.get(p.name)
+        tied = model.spec.tied and p.name == model.spec.head.name
+        layer = model.layers.get(model.spec.embedding if tied else p.name)
         scheme = (layer.setting.bits, layer.setting.group) if layer else (WHOLE, None)
         shares[scheme] += p.out_features * p.in_features
         nbytes += model.nbytes(p.name) if layer else WHOLE // 8 * p.out_features * p.in_features

@@ -73,7 +73,7 @@ def test_the_checkpoint_is_sound(folder: Path) -> None:
     ("changes", "says"),
     [
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported: compressed-tensors, GPTQ"),
-        ({"quant_method": None}, "quant_method"),
+        ({"quant_method": None}, "_proj.weight' is missing"),
         ({"bits": 5}, "$.bits"),
         ({"bits": "4"}, "$.bits"),
         ({"group_size": 0}, "group size 0"),
