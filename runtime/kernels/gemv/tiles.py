@@ -19,8 +19,8 @@ class Tile:
     warps: int
 
     def __post_init__(self) -> None:
-        assert self.rows in (1, 2, 4, 8, 16, 32)
-        assert self.warps in (1, 2, 4, 8)
+        assert self.rows in (1, 2, 4, 8, 16, 32, 64)
+        assert self.warps in (1, 2, 4, 8, 16)
         assert self.columns == 128 * self.warps or self.columns in (32, 64, 128)
         assert self.columns == 128 * self.warps or self.columns < 32 * self.warps
 

@@ -24,6 +24,7 @@ _TOP_BITS = tl.constexpr(0x80808080 - (1 << 32))  # as int32
 _HIGH_NIBBLES = tl.constexpr(0xF0F0F0F0 - (1 << 32))
 _TWO_BITS = tl.constexpr(0x60606060)
 _DP4A = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
+_PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 _TINY = tl.constexpr(1e-30)  # a block of activations below this counts as zero, so that 127 / amax is finite
 _INFINITY = tl.constexpr(float("inf"))
 
@@ -78,17 +79,13 @@ def _load(w_row, s_row, k0, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
-def quantize(x_ptr, q_ptr, s_ptr, K, BLOCKS, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr):
-    """Activations x [M, K] → int8 planes q int32 [M, 2, C/4, XC] and scales s float32 [M, BLOCKS], one for 32 elements.
+def store_planes(x, block, q_ptr, s_ptr, BLOCKS, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr):
+    """Blocks x [BB, 32] of activations, zero past their end, into int8 planes q int32 [2, C/4, XC] and s [BLOCKS].
 
-    Byte i of q[m, p, r, c] is plane p of element C·c + (C/4)·i + r, zero past K; x = s / FOLD · (254·plane₀ + plane₁)
-    within max|x| / 64516 of the block. A block with a NaN or an infinity gets a NaN scale.
+    ``block`` [BB] are their numbers. Byte i of q[p, r, c] is plane p of element C·c + (C/4)·i + r;
+    x = s / FOLD · (254·plane₀ + plane₁) within max|x| / 64516 of the block. A block with a NaN or an infinity gets a
+    NaN scale. Columns past XC and scales past BLOCKS are left alone.
     """
-    m = tl.program_id(1)
-    block = tl.program_id(0) * BB + tl.arange(0, BB)
-    inside = tl.arange(0, 32)
-    e = block[:, None] * 32 + inside[None, :]
-    x = tl.load(x_ptr + m * K + e, mask=e < K, other=0.0).to(tl.float32)
     finite = tl.abs(x) < _INFINITY
     broken = tl.max(tl.where(finite, 0, 1), axis=1) > 0
     x = tl.where(finite, x, 0.0)  # NaN has no integer: the scale will say it
@@ -98,17 +95,100 @@ def quantize(x_ptr, q_ptr, s_ptr, K, BLOCKS, XC, C: tl.constexpr, FOLD: tl.const
     first = tl.floor(v + 0.5)
     second = tl.floor((v - first) * 254.0 + 0.5)
     scale = tl.where(broken, float("nan"), tl.where(usable, amax * (FOLD / (127 * 254)), 0.0))
-    tl.store(s_ptr + m * BLOCKS + block, scale, mask=block < BLOCKS)
+    tl.store(s_ptr + block, scale, mask=block < BLOCKS)
 
     R: tl.constexpr = C // 4
     CB: tl.constexpr = 32 // C  # columns a block
-    shift = (inside // R % 4 * 8)[None, :]
+    shift = (tl.arange(0, 32) // R % 4 * 8)[None, :]
     c = block[:, None, None] * CB + tl.arange(0, CB)[None, :, None]
     r = tl.arange(0, R)[None, None, :]
-    out = q_ptr + m * (2 * R * XC) + r * XC + c
+    out = q_ptr + r * XC + c
     keep = (c < XC) & (r < R)
     tl.store(out, tl.sum(((first.to(tl.int32) & 255) << shift).reshape(BB, CB, 4, R), axis=2), mask=keep)
     tl.store(out + R * XC, tl.sum(((second.to(tl.int32) & 255) << shift).reshape(BB, CB, 4, R), axis=2), mask=keep)
+
+
+@triton.jit
+def quantize(x_ptr, q_ptr, s_ptr, K, BLOCKS, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr):
+    """Activations x [M, K] → planes q int32 [M, 2, C/4, XC] and scales s float32 [M, BLOCKS]: see ``store_planes``."""
+    m = tl.program_id(1)
+    block = tl.program_id(0) * BB + tl.arange(0, BB)
+    e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    x = tl.load(x_ptr + m * K + e, mask=e < K, other=0.0).to(tl.float32)
+    store_planes(x, block, q_ptr + m * (2 * (C // 4) * XC), s_ptr + m * BLOCKS, BLOCKS, XC, C, FOLD, BB)
+
+
+@triton.jit
+def _call_rows(w_ptr, rows, WORDS: tl.constexpr, FIRST: tl.constexpr):
+    """Ask for words [FIRST, WORDS) of ``rows`` to be brought into L2, a cache line of 32 words at a time."""
+    LINES: tl.constexpr = (WORDS - FIRST + 31) // 32
+    BL: tl.constexpr = triton.next_power_of_2(LINES)
+    line = FIRST + tl.minimum(tl.arange(0, BL), LINES - 1) * 32
+    address = (w_ptr + (rows[None, :] * WORDS + line[:, None])).to(tl.int64)
+    tl.inline_asm_elementwise(_PREFETCH, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def row_products(
+    w_ptr,
+    s_ptr,
+    q_ptr,
+    xs_ptr,
+    rows,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    BITS: tl.constexpr,
+    XC: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+    PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """Σₖ s[n, k // G] · (code[n, k] − 2^(BITS−1)) · x[k] for ``rows`` n, int [BN] within the matrix: float32 [BN].
+
+    Where a row has one scale, G == K, it is left to the caller. Walks K in steps of BW columns with the next step's
+    weights already under way. With PDL the first of them are loaded, and with AHEAD all others called into L2, before
+    the kernel waits for the one before it, whose activations it reads; the wait stands before the loop, because Triton
+    3.7.1 moves loads over one inside.
+    """
+    C: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # codes a column
+    COLS: tl.constexpr = (K + C - 1) // C
+    RUNS: tl.constexpr = 3 if BITS == 3 else 1
+    U: tl.constexpr = 1 if BITS == 3 else 4  # columns under one scale of w and one of x, added as integers
+    BU: tl.constexpr = BW // U
+
+    cols = tl.arange(0, BW)
+    units = tl.arange(0, BU) * (U * C)  # the first code of each unit of U columns
+    w_row = w_ptr + rows[None, :] * (RUNS * COLS)
+    s_row = s_ptr + rows[None, :] * (K // G)
+    acc = tl.zeros([BU, BN], dtype=tl.float32)
+    w, w1, high, s = _load(w_row, s_row, 0, K, G, BITS, BW)
+    if PDL:
+        if AHEAD and COLS > BW:
+            _call_rows(w_ptr, rows, RUNS * COLS, 0 if BITS == 3 else BW)
+        tl.extra.cuda.gdc_wait()
+    for k0 in tl.static_range(0, COLS, BW):
+        if k0 + BW < COLS:
+            ahead = _load(w_row, s_row, k0 + BW, K, G, BITS, BW)
+        first = tl.zeros([BW, BN], dtype=tl.int32)
+        second = tl.zeros([BW, BN], dtype=tl.int32)
+        for r in tl.static_range(C // 4):
+            code = _open(w, w1, high, r, BITS)
+            x = q_ptr + (r * XC + k0) + cols
+            valid = cols + k0 < COLS
+            first = _dot4(code, tl.load(x, mask=valid, other=0)[:, None], first, EMULATE)
+            second = _dot4(code, tl.load(x + C // 4 * XC, mask=valid, other=0)[:, None], second, EMULATE)
+        both = first * 254 + second  # of a unit: 32 codes · 2^7 · 127 · 255 < 2^28
+        if U > 1:
+            both = tl.sum(both.reshape(BU, U, BN), axis=1)
+        k = units + k0 * C
+        x_scale = tl.load(xs_ptr + k // 32, mask=k < K, other=0.0)
+        acc += both.to(tl.float32) * (s.to(tl.float32) * x_scale[:, None])
+        if k0 + BW < COLS:
+            w, w1, high, s = ahead
+
+    return tl.sum(acc, axis=0)
 
 
 @triton.jit(do_not_specialize=["N", "M"])  # a kernel compiles once for 1 to 16 tokens
@@ -133,22 +213,13 @@ def gemv(
     """y[m, n] = Σₖ s[n, k // G] · (code[n, k] − 2^(BITS−1)) · x[m, k] + bias[n], added in float32.
 
     w int32 [N, COLS] or, at 3 bits, [N, 3, COLS]; s bfloat16 [N, K/G]; q and xs as ``quantize`` writes them with
-    FOLD = 2^(BITS−8); bias float32 [N]; y [M, N] of any float type. A program owns BN rows and one token, and walks K
-    in steps of BW columns with the next step's weights already under way. Tokens vary fastest: they share L2.
+    FOLD = 2^(BITS−8); bias float32 [N]; y [M, N] of any float type. A program owns BN rows and one token. Tokens vary
+    fastest: they share L2.
     """
     C: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # codes a column
-    COLS: tl.constexpr = (K + C - 1) // C
-    RUNS: tl.constexpr = 3 if BITS == 3 else 1
-    U: tl.constexpr = 1 if BITS == 3 else 4  # columns under one scale of w and one of x, added as integers
-    BU: tl.constexpr = BW // U
-
     m = tl.program_id(0) % M
     rows = (tl.program_id(0) // M) * BN + tl.arange(0, BN)
     safe = tl.minimum(rows, N - 1)
-    cols = tl.arange(0, BW)
-    units = tl.arange(0, BU) * (U * C)  # the first code of each unit of U columns
-    w_row = w_ptr + safe[None, :] * (RUNS * COLS)
-    s_row = s_ptr + safe[None, :] * (K // G)
     q_ptr += m * (2 * (C // 4) * XC)
     xs_ptr += m * ((K + 31) // 32)
     if G == K:
@@ -156,29 +227,7 @@ def gemv(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + safe)
 
-    acc = tl.zeros([BU, BN], dtype=tl.float32)
-    w, w1, high, s = _load(w_row, s_row, 0, K, G, BITS, BW)
-    for k0 in tl.static_range(0, COLS, BW):
-        if k0 + BW < COLS:
-            ahead = _load(w_row, s_row, k0 + BW, K, G, BITS, BW)
-        first = tl.zeros([BW, BN], dtype=tl.int32)
-        second = tl.zeros([BW, BN], dtype=tl.int32)
-        for r in tl.static_range(C // 4):
-            code = _open(w, w1, high, r, BITS)
-            x = q_ptr + (r * XC + k0) + cols
-            valid = cols + k0 < COLS
-            first = _dot4(code, tl.load(x, mask=valid, other=0)[:, None], first, EMULATE)
-            second = _dot4(code, tl.load(x + C // 4 * XC, mask=valid, other=0)[:, None], second, EMULATE)
-        both = first * 254 + second  # of a unit: 32 codes · 2^7 · 127 · 255 < 2^28
-        if U > 1:
-            both = tl.sum(both.reshape(BU, U, BN), axis=1)
-        k = units + k0 * C
-        x_scale = tl.load(xs_ptr + k // 32, mask=k < K, other=0.0)
-        acc += both.to(tl.float32) * (s.to(tl.float32) * x_scale[:, None])
-        if k0 + BW < COLS:
-            w, w1, high, s = ahead
-
-    y = tl.sum(acc, axis=0)
+    y = row_products(w_ptr, s_ptr, q_ptr, xs_ptr, safe, K, G, BITS, XC, BN, BW, False, False, EMULATE)
     if G == K:
         y *= row_scale
     if HAS_BIAS:

@@ -1,0 +1,169 @@
+"""One token's attention in one launch: from raw q, k and v to what the output projection reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from triton import next_power_of_2
+
+from lbq.runtime.kernels.attention import triton as kernels
+from lbq.runtime.kernels.planes import Activations, launch_options, plane_layout
+
+__all__ = ["Cache", "Heads", "Norms", "Scratch", "Split", "attend", "split_for", "why_not"]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The shape of one layer's attention."""
+
+    kv_heads: int
+    group: int  # query heads that share a key's head
+    dim: int
+    rope_dims: int  # the first of ``dim`` that rope turns
+    scale: float
+    window: int | None = None  # tokens that a token sees, itself included
+
+    @property
+    def width(self) -> int:
+        """Elements of q, k and v together."""
+        return (self.group + 2) * self.kv_heads * self.dim
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the cache is cut: into at most ``splits`` parts a head, of at least ``least`` tokens, ``block`` at a time."""
+
+    splits: int
+    block: int = 64
+    least: int = 64
+    stages: int = 2
+    warps: int = 4
+
+    def __post_init__(self) -> None:
+        assert self.splits >= 1
+        assert self.block in (16, 32, 64, 128)
+        assert self.least % self.block == 0
+
+
+def split_for(heads: Heads, sm_count: int) -> Split:
+    """About two programs for each multiprocessor, once a text is long enough to keep them busy."""
+    return Split(splits=max(1, min(64, next_power_of_2(2 * sm_count // heads.kv_heads + 1) // 2)))
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Weights of a head's norm for q or k, float32 [dim], and its eps."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values [2, kv_heads, slots, dim] in 16 bits; or as int8, ``scales`` float32 [2, kv_heads, slots]."""
+
+    kv: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What programs of one launch leave to each other; layers of one shape take turns with it."""
+
+    parts: torch.Tensor  # float32 [kv_heads, splits, group, dim]
+    peaks: torch.Tensor  # float32 [kv_heads, splits, group]
+    sums: torch.Tensor
+    counters: torch.Tensor  # int32 [kv_heads], zero between launches
+
+    @staticmethod
+    def empty(heads: Heads, split: Split, device: torch.device) -> Scratch:
+        rows = (heads.kv_heads, split.splits, heads.group)
+        return Scratch(
+            torch.empty((*rows, heads.dim), dtype=torch.float32, device=device),
+            torch.empty(rows, dtype=torch.float32, device=device),
+            torch.empty(rows, dtype=torch.float32, device=device),
+            torch.zeros(heads.kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+def why_not(heads: Heads) -> str | None:
+    """Why this kernel cannot serve ``heads``, or None where it can."""
+    if heads.group * heads.dim % 32:
+        return f"{heads.group} heads of {heads.dim} share keys, and {heads.group * heads.dim} is no multiple of 32"
+    if heads.dim % 8 or heads.dim > 256:
+        return f"heads of {heads.dim}: they must be of at most 256, in eights"
+    return None
+
+
+def attend(
+    qkv: torch.Tensor,
+    heads: Heads,
+    q_norm: Norms | None,
+    k_norm: Norms | None,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    position: torch.Tensor,
+    cache: Cache,
+    scratch: Scratch,
+    split: Split,
+    to: Activations,
+    *,
+    pdl: bool = False,
+) -> None:
+    """softmax(scale · q · kᵀ) · v of the token at ``position``, whose k and v go into the cache, as planes into ``to``.
+
+    ``qkv`` float32 [width] as the projection made it: q and k are normed (or not) and turned here; ``angles``: cosines
+    and sines float32 [≥ slots, rope_dims / 2]; ``position`` int64 [1], below the cache's slots. Products are of the
+    cache's 16-bit type (float16 for an int8 cache) and summed in float32, like the softmax. Results repeat to the bit.
+    """
+    cos, sin = angles
+    slots = cache.kv.shape[2]
+    assert why_not(heads) is None
+    assert qkv.shape == (heads.width,)
+    assert qkv.dtype == torch.float32
+    assert cache.kv.shape == (2, heads.kv_heads, slots, heads.dim)
+    assert cache.kv.is_contiguous()
+    assert cos.shape == sin.shape == (cos.shape[0], heads.rope_dims // 2)
+    assert cos.shape[0] >= slots
+    assert position.dtype == torch.int64
+    assert scratch.parts.shape == (heads.kv_heads, split.splits, heads.group, heads.dim)
+    assert to.planes.k == heads.kv_heads * heads.group * heads.dim
+    eight = cache.scales is not None
+    assert cache.kv.dtype == torch.int8 if eight else cache.kv.dtype in (torch.float16, torch.bfloat16)
+    columns, width, fold = plane_layout(to.planes)
+    kernels.attend[(split.splits * heads.kv_heads,)](
+        qkv,
+        qkv if q_norm is None else q_norm.weight,
+        qkv if k_norm is None else k_norm.weight,
+        cos,
+        sin,
+        position,
+        cache.kv,
+        qkv if cache.scales is None else cache.scales,
+        scratch.parts,
+        scratch.peaks,
+        scratch.sums,
+        scratch.counters,
+        to.planes.q,
+        to.planes.scales,
+        slots,
+        KV_HEADS=heads.kv_heads,
+        G=heads.group,
+        D=heads.dim,
+        DIMS=heads.rope_dims,
+        SCALE=heads.scale,
+        WINDOW=heads.window or 0,
+        Q_EPS=None if q_norm is None else q_norm.eps,
+        K_EPS=None if k_norm is None else k_norm.eps,
+        SPLITS=split.splits,
+        LEAST=split.least,
+        BLOCK=split.block,
+        STAGES=split.stages,
+        EIGHT=eight,
+        C_OUT=columns,
+        XC_OUT=width,
+        FOLD_OUT=fold,
+        PDL=pdl,
+        num_warps=split.warps,
+        **launch_options(pdl),
+    )

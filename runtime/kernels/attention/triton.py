@@ -1,0 +1,235 @@
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""Triton kernel of one token's attention: norm and rope of q and k, the cache's new entry, split-KV attention, merge.
+
+After Flash-Decoding (Dao et al. 2023): the cache is cut along the tokens, programs work on the parts with a running
+softmax, and what they found is merged; here by the last of a head's programs to arrive, in the order of the parts, so
+that results repeat to the bit. Heads that share keys are the rows of one tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lbq.runtime.kernels.arrivals import arrived
+from lbq.runtime.kernels.gemv.triton import store_planes
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def _head(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, mask, D: tl.constexpr, DIMS: tl.constexpr, EPS: tl.constexpr):
+    """Heads [·, D] whose first elements are at ``x_ptr`` [·, 1]: normed unless EPS is None, the first DIMS turned.
+
+    ``d`` [1, ·] are the elements wanted; those out of ``mask`` are zero.
+    """
+    HALF: tl.constexpr = DIMS // 2
+    turned = d < DIMS
+    other = tl.where(d < HALF, d + HALF, tl.where(turned, d - HALF, d))  # the one it is turned with
+    x = tl.load(x_ptr + d, mask=mask, other=0.0)
+    partner = tl.load(x_ptr + other, mask=mask, other=0.0)
+    if EPS is not None:
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
+        x *= rstd * tl.load(norm_ptr + d, mask=d < D, other=0.0)
+        partner *= rstd * tl.load(norm_ptr + other, mask=d < D, other=0.0)
+    angle = tl.where(d < HALF, d, d - HALF)
+    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+    return x * cos + partner * tl.where(d < HALF, -sin, sin)
+
+
+@triton.jit(do_not_specialize=["SLOTS"])
+def attend(
+    qkv_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    kv_ptr,
+    kv_scale_ptr,
+    part_ptr,
+    peak_ptr,
+    sum_ptr,
+    arrivals_ptr,
+    q_out_ptr,
+    s_out_ptr,
+    SLOTS,
+    KV_HEADS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DIMS: tl.constexpr,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    Q_EPS: tl.constexpr,
+    K_EPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    EIGHT: tl.constexpr,
+    C_OUT: tl.constexpr,
+    XC_OUT: tl.constexpr,
+    FOLD_OUT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The attention of the token at ``position``, from its raw q, k and v to the planes of the output projection.
+
+    qkv float32 [(KV_HEADS·G + 2·KV_HEADS)·D]; norms float32 [D], Q_EPS and K_EPS None where there are none; cos and sin
+    float32 [≥ position + 1, DIMS/2]; the cache kv [2, KV_HEADS, SLOTS, D], a 16-bit float type, or int8 with kv_scale
+    float32 [2, KV_HEADS, SLOTS] if EIGHT; slot ``position`` is written. WINDOW: tokens that are seen, or 0.
+    Scratch: part float32 [KV_HEADS, SPLITS, G, D], peak and sum [KV_HEADS, SPLITS, G], arrivals int32 [KV_HEADS], zero
+    and left so. The launch is of SPLITS × KV_HEADS programs whatever the position; parts have at least LEAST tokens, so
+    that a short text leaves some programs nothing to do.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    KIND: tl.constexpr = tl.float16 if EIGHT else kv_ptr.dtype.element_ty
+    GP: tl.constexpr = 16 if G < 16 else triton.next_power_of_2(G)
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    h = tl.program_id(0) % KV_HEADS
+    split = tl.program_id(0) // KV_HEADS
+    position = tl.load(position_ptr).to(tl.int32)
+    begin = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
+    size = (position + SPLITS * BLOCK - begin) // (SPLITS * BLOCK) * BLOCK  # tokens of a part, in whole blocks
+    size = tl.maximum(size, LEAST)
+    parts = (position - begin) // size + 1
+    if split >= parts:
+        return
+    start = begin + split * size
+    stop = tl.minimum(start + size, position)  # of what is in the cache: the new token is at hand
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    g = tl.arange(0, GP)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    own = (g < G) & (d < D)
+    cos_ptr += position * (DIMS // 2)
+    sin_ptr += position * (DIMS // 2)
+    q = _head(qkv_ptr + (h * G + g) * D, q_norm_ptr, cos_ptr, sin_ptr, d, own, D, DIMS, Q_EPS)
+    k = _head(qkv_ptr + (KV_HEADS * G + h) * D, k_norm_ptr, cos_ptr, sin_ptr, d, d < D, D, DIMS, K_EPS)
+    v = tl.load(qkv_ptr + (KV_HEADS * G + KV_HEADS + h) * D + d, mask=d < D, other=0.0)
+    q = q.to(KIND)
+    k_slot = h.to(tl.int64) * SLOTS
+    v_slot = (KV_HEADS + h).to(tl.int64) * SLOTS
+    newest = split == parts - 1
+    if EIGHT:
+        k8, k_scale = _eight(k)
+        v8, v_scale = _eight(v)
+        tl.store(kv_ptr + (k_slot + position) * D + d, k8, mask=(d < D) & newest)
+        tl.store(kv_ptr + (v_slot + position) * D + d, v8, mask=(d < D) & newest)
+        tl.store(kv_scale_ptr + k_slot + position, k_scale, mask=newest)
+        tl.store(kv_scale_ptr + v_slot + position, v_scale, mask=newest)
+        k = k8.to(tl.float32) * k_scale
+        v = v8.to(tl.float32) * v_scale
+    else:
+        k = k.to(KIND)
+        v = v.to(KIND)
+        tl.store(kv_ptr + (k_slot + position) * D + d, k, mask=(d < D) & newest)
+        tl.store(kv_ptr + (v_slot + position) * D + d, v, mask=(d < D) & newest)
+
+    # The newest part begins with the new token; the others with nothing.
+    score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * (SCALE * _LOG2_E)
+    peak = tl.where(newest, score, _LOWEST)  # [GP]
+    acc = tl.where(newest, v.to(tl.float32), 0.0) + tl.zeros([GP, DP], dtype=tl.float32)
+    n = tl.arange(0, BLOCK)
+    weights = tl.where((n == 0) & newest, 1.0, 0.0)[None, :] + tl.zeros([GP, BLOCK], dtype=tl.float32)
+    dk = tl.arange(0, DP)[:, None]
+    k_at = kv_ptr + k_slot * D + dk
+    v_at = kv_ptr + v_slot * D + d
+    for n0 in tl.range(start, stop, BLOCK, num_stages=STAGES):
+        token = n0 + n
+        there = token < stop
+        if D == DP:
+            k_mask = there[None, :]
+            v_mask = there[:, None]
+        else:
+            k_mask = there[None, :] & (dk < D)
+            v_mask = there[:, None] & (d < D)
+        keys = tl.load(k_at + token[None, :] * D, mask=k_mask, other=0)  # [DP, BLOCK]
+        values = tl.load(v_at + token[:, None] * D, mask=v_mask, other=0)  # [BLOCK, DP]
+        scores = tl.dot(q, keys.to(KIND))
+        if EIGHT:
+            scores *= tl.load(kv_scale_ptr + k_slot + token, mask=there, other=0.0)[None, :]
+        scores = tl.where(there[None, :], scores * (SCALE * _LOG2_E), _LOWEST)
+        higher = tl.maximum(peak, tl.max(scores, axis=1))
+        shrink = tl.exp2(peak - higher)[:, None]
+        p = tl.exp2(scores - higher[:, None])
+        weights = weights * shrink + p
+        if EIGHT:
+            p *= tl.load(kv_scale_ptr + v_slot + token, mask=there, other=0.0)[None, :]
+        acc = tl.dot(p.to(KIND), values.to(KIND), acc * shrink)
+        peak = higher
+
+    at = (h * SPLITS + split) * G
+    tl.store(part_ptr + (at + g) * D + d, acc, mask=own)
+    row = tl.arange(0, GP)
+    tl.store(peak_ptr + at + row, peak, mask=row < G)
+    tl.store(sum_ptr + at + row, tl.sum(weights, axis=1), mask=row < G)
+    if arrived(arrivals_ptr, h, parts):
+        _merge(
+            part_ptr, peak_ptr, sum_ptr, q_out_ptr, s_out_ptr, h, parts, KV_HEADS, G, D, SPLITS, C_OUT, XC_OUT, FOLD_OUT
+        )
+
+
+@triton.jit
+def _eight(x):
+    """A row as int8 and its scale, amax / 127."""
+    scale = tl.max(tl.abs(x)) / 127.0
+    return tl.floor(x * tl.where(scale > 0.0, 1.0 / scale, 0.0) + 0.5).to(tl.int8), scale
+
+
+@triton.jit
+def _merge(
+    part_ptr,
+    peak_ptr,
+    sum_ptr,
+    q_out_ptr,
+    s_out_ptr,
+    h,
+    parts,
+    KV_HEADS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    C: tl.constexpr,
+    XC: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """The parts of the heads that share keys ``h``, AT_ONCE of them a step, into planes of whole blocks of 32."""
+    AT_ONCE: tl.constexpr = 4
+    BLOCKS: tl.constexpr = G * D // 32
+    BP: tl.constexpr = triton.next_power_of_2(BLOCKS)
+    b = tl.arange(0, BP)
+    e = b[:, None] * 32 + tl.arange(0, 32)[None, :]
+    inside = e < G * D
+    peak = tl.where(inside, _LOWEST, 0.0)
+    total = tl.zeros([BP, 32], dtype=tl.float32)
+    out = tl.zeros([BP, 32], dtype=tl.float32)
+    for first in tl.range(0, parts, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)[:, None, None]
+        there = (part < parts) & inside[None]
+        row = (h * SPLITS + part) * G + (e // D)[None]
+        peaks = tl.load(peak_ptr + row, mask=there, other=_LOWEST, cache_modifier=".cg")
+        sums = tl.load(sum_ptr + row, mask=there, other=0.0, cache_modifier=".cg")
+        found = tl.load(part_ptr + (h * SPLITS + part) * (G * D) + e[None], mask=there, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(peak, tl.max(peaks, axis=0))
+        shrink = tl.exp2(peak - higher)
+        weight = tl.exp2(peaks - higher[None])
+        total = total * shrink + tl.sum(sums * weight, axis=0)
+        out = out * shrink + tl.sum(found * weight, axis=0)
+        peak = higher
+    out = tl.where(inside, out / tl.where(inside, total, 1.0), 0.0)
+    store_planes(
+        out,
+        h * BLOCKS + tl.where(b < BLOCKS, b, KV_HEADS * BLOCKS),
+        q_out_ptr,
+        s_out_ptr,
+        KV_HEADS * BLOCKS,
+        XC,
+        C,
+        FOLD,
+        BP,
+    )

@@ -1,0 +1,135 @@
+"""One token's projections of a decode step: products on packed weights that end in what the next kernel reads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from triton import cdiv
+
+from lbq.runtime.kernels.gemv import ArrangedWeight, Tile
+from lbq.runtime.kernels.gemv.triton import INTERPRETED
+from lbq.runtime.kernels.planes import Activations, Normed, launch_options, plane_layout
+from lbq.runtime.kernels.project import triton as kernels
+
+__all__ = ["Activation", "Kind", "arrivals", "project", "project_dense"]
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+Kind = Literal["store", "add", "gated"]
+
+
+def arrivals(outputs: int, device: torch.device) -> torch.Tensor:
+    """Counters for ``project``, int32, one for 32 outputs: zero before a launch and after it."""
+    return torch.zeros(cdiv(outputs, 32), dtype=torch.int32, device=device)
+
+
+def project(
+    x: Activations,
+    weight: ArrangedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    kind: Kind,
+    tile: Tile,
+    to: Normed | Activations | None = None,
+    counters: torch.Tensor | None = None,
+    activation: Activation = "silu",
+    pdl: bool = False,
+    ahead: bool = False,
+) -> None:
+    """W·x + bias of one token, float32, ended as ``kind`` says.
+
+    "store": into ``y`` [N]. "add": onto the residual stream ``y`` [N]. "gated": W [2N, K] is gate over up, and
+    act(gate) · up goes to ``y`` [N]. ``to``, after "add" a :class:`Normed` and after "gated" an :class:`Activations`,
+    takes the planes of the result; programs of less than 32 outputs then share ``counters``. Without ``to`` a kernel of
+    ``planes`` has to write them. ``pdl``: see ``planes.launch_options``; ``ahead``: call all weights of a program into
+    L2 while it waits.
+    """
+    n = y.numel()
+    assert y.shape == (n,)
+    assert y.dtype == torch.float32
+    assert (x.planes.bits, x.planes.k) == (weight.bits, weight.k)
+    assert weight.n == (2 * n if kind == "gated" else n)
+    assert bias is None or (bias.shape == (weight.n,) and bias.dtype == torch.float32)
+    outputs = tile.rows // 2 if kind == "gated" else tile.rows
+    assert outputs >= 1
+    written = to.to if isinstance(to, Normed) else to
+    if to is None:
+        layout = (0, 0, 1.0)
+    else:
+        assert isinstance(to, {"store": (), "add": Normed, "gated": Activations}[kind])
+        assert written is not None
+        assert written.planes.k == n
+        assert outputs % 32 == 0 or counters is not None
+        layout = plane_layout(written.planes)
+    kernels.project[(cdiv(n, outputs),)](
+        weight.words,
+        weight.scales,
+        x.planes.q,
+        x.planes.scales,
+        y if x.squares is None else x.squares,
+        y if bias is None else bias,
+        y,
+        to.weight if isinstance(to, Normed) else y,
+        x.planes.q if written is None else written.planes.q,
+        y if written is None else written.planes.scales,
+        y if written is None or written.squares is None else written.squares,
+        x.planes.q if counters is None else counters,
+        n,
+        K=weight.k,
+        G=weight.group,
+        BITS=weight.bits,
+        XC=x.planes.q.shape[3],
+        BN=tile.rows,
+        BW=tile.columns,
+        HAS_BIAS=bias is not None,
+        NORMED=x.squares is not None,
+        EPS=x.eps,
+        KIND=kind,
+        ACTIVATION=activation,
+        C_OUT=layout[0],
+        XC_OUT=layout[1],
+        FOLD_OUT=layout[2],
+        PDL=pdl,
+        AHEAD=ahead,
+        EMULATE=INTERPRETED,
+        num_warps=tile.warps,
+        **launch_options(pdl),
+    )
+
+
+def project_dense(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    squares: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    rows: int = 4,
+    warps: int = 4,
+    pdl: bool = False,
+) -> None:
+    """W·rms_norm(x) + bias into ``y`` float32 [N]: ``x`` float32 [K] and its ``squares``, W [N, K] of a 16-bit type."""
+    n, k = weight.shape
+    assert x.shape == norm.shape == (k,)
+    assert y.shape == (n,)
+    assert weight.is_contiguous()
+    kernels.project_dense[(cdiv(n, rows),)](
+        x,
+        norm,
+        squares,
+        weight,
+        y if bias is None else bias,
+        y,
+        n,
+        K=k,
+        BN=rows,
+        BK=256 * warps,
+        HAS_BIAS=bias is not None,
+        EPS=eps,
+        PDL=pdl,
+        num_warps=warps,
+        **launch_options(pdl),
+    )

@@ -1,0 +1,192 @@
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""Triton kernels of one decode step's projections: a matrix-vector product and what follows it, in one launch.
+
+The residual stream reaches a projection as int8 planes of x ⊙ w, w the norm's weights, and as sums of squares of x, one
+for 32 elements. Planes have a scale for each 32 elements, so they need no more of x than those; 1/√(mean(x²) + eps) is
+a factor of the result. So whoever writes 32 elements of x can write their planes, and no kernel normalises.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lbq.runtime.kernels.arrivals import arrived
+from lbq.runtime.kernels.gemv.triton import row_products, store_planes
+from lbq.runtime.kernels.planes.triton import activate, store_normed
+
+
+@triton.jit
+def _rstd(squares_ptr, K: tl.constexpr, EPS: tl.constexpr):
+    """1/√(mean(x²) + EPS) of x [K] from its sums of squares [⌈K/32⌉]."""
+    BLOCKS: tl.constexpr = (K + 31) // 32
+    b = tl.arange(0, triton.next_power_of_2(BLOCKS))
+    return tl.rsqrt(tl.sum(tl.load(squares_ptr + b, mask=b < BLOCKS, other=0.0), axis=0) / K + EPS)
+
+
+@triton.jit
+def _hand_on(
+    y,
+    block,
+    norm_ptr,
+    q_ptr,
+    s_ptr,
+    squares_ptr,
+    N,
+    C: tl.constexpr,
+    XC: tl.constexpr,
+    FOLD: tl.constexpr,
+    KIND: tl.constexpr,
+    BB: tl.constexpr,
+):
+    if KIND == "add":
+        store_normed(y, block, norm_ptr, q_ptr, s_ptr, squares_ptr, N, XC, C, FOLD, BB)
+    else:
+        store_planes(y, block, q_ptr, s_ptr, (N + 31) // 32, XC, C, FOLD, BB)
+
+
+@triton.jit(do_not_specialize=["N"])
+def project(
+    w_ptr,
+    s_ptr,
+    q_ptr,
+    xs_ptr,
+    squares_ptr,
+    bias_ptr,
+    y_ptr,
+    norm_ptr,
+    q_out_ptr,
+    s_out_ptr,
+    squares_out_ptr,
+    arrivals_ptr,
+    N,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    BITS: tl.constexpr,
+    XC: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMED: tl.constexpr,
+    EPS: tl.constexpr,
+    KIND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    C_OUT: tl.constexpr,
+    XC_OUT: tl.constexpr,
+    FOLD_OUT: tl.constexpr,
+    PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """A projection of one token on packed weights, y = W·x + bias, with x normalised after the fact if NORMED.
+
+    KIND "store": y [N] is stored. "add": it is added to the residual stream ``y_ptr`` [N]. "gated": W has 2N rows, gate
+    then up, and y = act(gate) · up [N]. A program owns BN rows; "gated" takes half of them from each part.
+
+    With C_OUT, planes of the result (for "add": of the stream ⊙ norm, and its squares) are written for the next
+    projection: by the program itself where it owns whole blocks of 32 outputs, else by the last to arrive of those
+    that share a block, through ``y_ptr``.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    R: tl.constexpr = BN // 2 if KIND == "gated" else BN  # outputs of a program
+    first = tl.program_id(0) * R
+    out = first + tl.arange(0, R)
+    if KIND == "gated":  # a gate's row and its up's, side by side
+        part = tl.arange(0, BN)
+        rows = tl.minimum(first + part // 2, N - 1) + part % 2 * N
+    else:
+        rows = tl.minimum(out, N - 1)
+    if G == K:
+        row_scale = tl.load(s_ptr + rows).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows)
+    y = row_products(w_ptr, s_ptr, q_ptr, xs_ptr, rows, K, G, BITS, XC, BN, BW, PDL, AHEAD, EMULATE)
+    if G == K:
+        y *= row_scale
+    if NORMED:
+        y *= _rstd(squares_ptr, K, EPS)
+    if HAS_BIAS:
+        y += bias
+    if KIND == "gated":
+        gate, up = tl.split(y.reshape(R, 2))
+        y = activate(gate, ACTIVATION) * up
+    if KIND == "add":
+        y += tl.load(y_ptr + out, mask=out < N, other=0.0)
+
+    if C_OUT == 0:
+        tl.store(y_ptr + out, y, mask=out < N)
+    elif R % 32 == 0:
+        block = first // 32 + tl.arange(0, R // 32)
+        y = tl.where(out < N, y, 0.0)
+        if KIND == "add":
+            tl.store(y_ptr + out, y, mask=out < N)
+        _hand_on(
+            y.reshape(R // 32, 32),
+            block,
+            norm_ptr,
+            q_out_ptr,
+            s_out_ptr,
+            squares_out_ptr,
+            N,
+            C_OUT,
+            XC_OUT,
+            FOLD_OUT,
+            KIND,
+            R // 32,
+        )
+    else:
+        tl.store(y_ptr + out, y, mask=out < N)
+        shared = first // 32
+        if arrived(arrivals_ptr, shared, (tl.minimum(N - shared * 32, 32) + R - 1) // R):
+            block = shared + tl.arange(0, 1)
+            e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+            whole = tl.load(y_ptr + e, mask=e < N, other=0.0, cache_modifier=".cg")
+            _hand_on(whole, block, norm_ptr, q_out_ptr, s_out_ptr, squares_out_ptr, N, C_OUT, XC_OUT, FOLD_OUT, KIND, 1)
+
+
+@triton.jit(do_not_specialize=["N"])
+def project_dense(
+    x_ptr,
+    norm_ptr,
+    squares_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    N,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y [N] = W·(norm ⊙ x)/√(mean(x²) + EPS) + bias in float32; W [N, K] of a 16-bit type: a head that stayed dense."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    safe = tl.minimum(rows, N - 1)
+    w_row = w_ptr + safe[None, :].to(tl.int64) * K
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + safe)
+    acc = tl.zeros([BK, BN], dtype=tl.float32)
+    k = tl.arange(0, BK)
+    w = tl.load(w_row + k[:, None], mask=(k < K)[:, None], other=0.0, eviction_policy="evict_first")
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for k0 in tl.static_range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        if k0 + BK < K:
+            ahead = k + BK
+            w_ahead = tl.load(
+                w_row + ahead[:, None], mask=(ahead < K)[:, None], other=0.0, eviction_policy="evict_first"
+            )
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0) * tl.load(norm_ptr + k, mask=k < K, other=0.0)
+        acc += w.to(tl.float32) * x[:, None]
+        if k0 + BK < K:
+            w = w_ahead
+    y = tl.sum(acc, axis=0) * _rstd(squares_ptr, K, EPS)
+    if HAS_BIAS:
+        y += bias
+    tl.store(y_ptr + rows, y, mask=rows < N)

@@ -1,0 +1,193 @@
+"""One token's attention against float64: see test_gemv.py for where this runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from lbq.runtime.kernels.attention import Cache, Heads, Norms, Scratch, Split, attend, reference, split_for, why_not
+from lbq.runtime.kernels.gemv.triton import INTERPRETED
+from lbq.runtime.kernels.planes import Activations
+from lbq.runtime.kernels.planes.reference import value
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+SPLIT = Split(splits=3, block=16, least=16)
+Error = Callable[[torch.Tensor, torch.Tensor], float]
+
+
+@dataclass
+class Text:
+    """One layer's attention over a text: slots that nobody wrote hold NaN, as poison does."""
+
+    heads: Heads
+    cache: Cache
+    split: Split
+    norms: Norms | None
+    angles: tuple[torch.Tensor, torch.Tensor]
+    random: torch.Generator
+    bits: int = 4
+
+    @staticmethod
+    def make(heads: Heads, slots: int, *, split: Split = SPLIT, norm: bool = False, dtype=torch.float16, bits: int = 4):
+        random = torch.Generator().manual_seed(heads.dim + heads.group)
+        kv = torch.full((2, heads.kv_heads, slots, heads.dim), 0 if dtype == torch.int8 else float("nan"), dtype=dtype)
+        scales = torch.full(kv.shape[:3], float("nan")) if dtype == torch.int8 else None
+        angle = torch.arange(slots)[:, None] * torch.rand(heads.rope_dims // 2, generator=random)
+        weight = torch.randn(heads.dim, generator=random)
+        return Text(
+            heads,
+            Cache(kv.to(DEVICE), None if scales is None else scales.to(DEVICE)),
+            split,
+            Norms(weight.to(DEVICE), 1e-6) if norm else None,
+            (angle.cos().to(DEVICE), angle.sin().to(DEVICE)),
+            random,
+            bits,
+        )
+
+    def fill(self, length: int) -> None:
+        """Tokens 0 to length − 1, keys and values as if they had been stored one by one."""
+        shape = (2, self.heads.kv_heads, length, self.heads.dim)
+        new = torch.randn(shape, generator=self.random).to(DEVICE)
+        if self.cache.scales is None:
+            self.cache.kv[:, :, :length] = new
+        else:
+            scales = new.abs().amax(-1) / 127
+            self.cache.scales[:, :, :length] = scales
+            self.cache.kv[:, :, :length] = (new / scales[..., None]).round().to(torch.int8)
+
+    def run(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the kernel makes of a new random token, and what float64 makes of it: [heads · dim] each."""
+        heads = self.heads
+        qkv = torch.randn(heads.width, generator=self.random).to(DEVICE)
+        to = Activations.empty(heads.kv_heads * heads.group * heads.dim, self.bits, DEVICE)
+        scratch = Scratch.empty(heads, self.split, DEVICE)
+        at = torch.tensor([position], device=DEVICE)
+        args = (qkv, heads, self.norms, self.norms, self.angles, at, self.cache, scratch, self.split, to)
+        attend(*args)
+        assert not scratch.counters.any()
+        q, k, v = reference.new_entry(
+            qkv, heads, self.norms, self.norms, self.angles[0][position], self.angles[1][position]
+        )
+        keys, values = self.seen(position + 1)
+        tolerance = 2e-2 if self.cache.scales is not None else 2e-3 if self.cache.kv.dtype == torch.float16 else 1e-2
+        torch.testing.assert_close(keys[:, -1], k, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(values[:, -1], v, rtol=tolerance, atol=tolerance)
+        return value(to), reference.attend(q, keys, values, heads)
+
+    def seen(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values float64 [kv_heads, length, dim] as the cache holds them."""
+        kv = self.cache.kv[:, :, :length].double()
+        if self.cache.scales is not None:
+            kv *= self.cache.scales[:, :, :length, None].double()
+        return kv[0], kv[1]
+
+
+def heads_of(kv_heads: int, group: int, dim: int, *, rope: int | None = None, window: int | None = None) -> Heads:
+    return Heads(kv_heads, group, dim, rope or dim, dim**-0.5, window)
+
+
+SHAPES = [
+    heads_of(2, 4, 128),
+    heads_of(1, 3, 64),
+    heads_of(1, 1, 96),
+    heads_of(1, 7, 128, rope=64),
+    heads_of(1, 4, 80),
+    heads_of(1, 20, 64),
+]
+# The interpreter takes a tenth of a second a program.
+POSITIONS = (0, 17, 99) if INTERPRETED else (0, 1, 15, 16, 17, 47, 48, 99)
+WINDOWS = [(3, 1), (4, 5), (8, 40)] if INTERPRETED else [(bits, n) for bits in (3, 4, 8) for n in (1, 5, 16, 40)]
+
+
+@pytest.mark.parametrize("heads", SHAPES, ids=str)
+def test_against_float64(heads: Heads, relative_error: Error) -> None:
+    text = Text.make(heads, 128, norm=heads.dim == 128)
+    text.fill(100)
+    for position in POSITIONS:
+        assert relative_error(*text.run(position)) <= 1e-3
+
+
+@pytest.mark.parametrize(("bits", "window"), WINDOWS)
+def test_windows(bits: int, window: int, relative_error: Error) -> None:
+    text = Text.make(heads_of(1, 2, 64, window=window), 96, bits=bits)
+    text.fill(90)
+    for position in (3, 40, 89):
+        text.cache.kv[:, :, : max(0, position + 1 - window)] = float("nan")  # what is past the window is not read
+        assert relative_error(*text.run(position)) <= 1e-3
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_norm_and_partial_rope(norm: bool, relative_error: Error) -> None:
+    text = Text.make(heads_of(1, 2, 64, rope=32), 64, norm=norm)
+    text.fill(40)
+    assert relative_error(*text.run(40)) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [
+        pytest.param(
+            torch.bfloat16, 1e-2, marks=pytest.mark.skipif(INTERPRETED, reason="it multiplies bfloat16's bits")
+        ),
+        (torch.int8, 1e-2),
+    ],
+)
+def test_other_caches(dtype: torch.dtype, bound: float, relative_error: Error) -> None:
+    text = Text.make(heads_of(2, 3, 64), 96, dtype=dtype)
+    text.fill(80)
+    for position in (0, 80):
+        assert relative_error(*text.run(position)) <= bound
+
+
+@pytest.mark.parametrize("split", [Split(1, 16, 16), Split(4, 32, 64, 3, 2), Split(32, 64, 64, 2, 4)], ids=str)
+def test_splits_agree(split: Split, relative_error: Error) -> None:
+    text = Text.make(heads_of(1, 2, 64), 400, split=split)
+    text.fill(390)
+    for position in (64, 389):
+        assert relative_error(*text.run(position)) <= 1e-3
+
+
+def test_scores_far_apart(relative_error: Error) -> None:
+    text = Text.make(heads_of(1, 2, 64), 96)
+    text.fill(90)
+    text.cache.kv[0, :, 20] *= 300  # one token takes all the weight
+    assert relative_error(*text.run(90)) <= 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+def test_what_is_broken_stays_broken() -> None:
+    text = Text.make(heads_of(2, 2, 64), 96)
+    text.fill(90)
+    text.cache.kv[0, 1, 20, 3] = float("nan")
+    got, _ = text.run(90)
+    assert bool(got[128:].isnan().all())
+    assert bool(got[:128].isfinite().all())
+
+
+def test_rule_and_refusals() -> None:
+    assert split_for(heads_of(8, 4, 128), 132).splits == 32
+    assert split_for(heads_of(2, 7, 64), 20).splits == 16
+    assert why_not(heads_of(1, 1, 80)) is not None
+    assert why_not(heads_of(1, 2, 512)) is not None
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no races")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_repeats_are_bit_identical(dtype: torch.dtype) -> None:
+    text = Text.make(heads_of(8, 4, 128), 2048, dtype=dtype, split=Split(32))
+    text.fill(2000)
+    qkv = torch.randn(text.heads.width, device=DEVICE)
+    scratch, at = Scratch.empty(text.heads, text.split, DEVICE), torch.tensor([1999], device=DEVICE)
+    results = []
+    for _ in range(50):
+        to = Activations.empty(32 * 128, 4, DEVICE)
+        attend(qkv, text.heads, None, None, text.angles, at, text.cache, scratch, text.split, to)
+        results.append((to.planes.q, to.planes.scales))
+    for q, scales in results[1:]:
+        assert torch.equal(q, results[0][0])
+        assert torch.equal(scales, results[0][1])
