@@ -29,29 +29,29 @@ class AttentionMixer:
         q_norm: RmsNorm | None = None,
         k_norm: RmsNorm | None = None,
     ) -> None:
-        self._spec = spec
-        self._qkv, self._out, self._rotary = qkv, out, rotary
-        self._q_norm, self._k_norm = q_norm, k_norm
+        self.spec = spec
+        self.qkv, self.out, self.rotary = qkv, out, rotary
+        self.q_norm, self.k_norm = q_norm, k_norm
         self._turned = spec.heads + spec.kv_heads  # heads that rope turns: all but the values
 
     def new_state(self, context: int, *, dtype: torch.dtype, device: torch.device, fixed: bool) -> KVCache:
         """An empty cache for up to ``context`` tokens."""
-        spec = self._spec
+        spec = self.spec
         return KVCache(spec.kv_heads, spec.head_dim, context, dtype=dtype, device=device, fixed=fixed)
 
     def __call__(self, x: torch.Tensor, state: MixerState, step: Step) -> torch.Tensor:
         """float32 [T, hidden] → float32 [T, hidden]; appends T tokens to ``state``."""
         assert isinstance(state, KVCache)
-        spec = self._spec
-        heads = self._qkv(x).view(x.shape[0], -1, spec.head_dim)  # [T, heads + 2 · kv_heads, head_dim]
+        spec = self.spec
+        heads = self.qkv(x).view(x.shape[0], -1, spec.head_dim)  # [T, heads + 2 · kv_heads, head_dim]
         turned = heads[:, : self._turned]
-        if self._q_norm is not None:
-            turned[:, : spec.heads] = self._q_norm(turned[:, : spec.heads])
-        if self._k_norm is not None:
-            turned[:, spec.heads :] = self._k_norm(turned[:, spec.heads :])
-        self._rotary.rotate_(turned, *step.angles(self._rotary))
+        if self.q_norm is not None:
+            turned[:, : spec.heads] = self.q_norm(turned[:, : spec.heads])
+        if self.k_norm is not None:
+            turned[:, spec.heads :] = self.k_norm(turned[:, spec.heads :])
+        self.rotary.rotate_(turned, *step.angles(self.rotary))
         seen = step.store(state, heads[:, spec.heads :], spec.window)
-        return self._out(attend(heads[:, : spec.heads], seen, spec.scale))
+        return self.out(attend(heads[:, : spec.heads], seen, spec.scale))
 
 
 def attend(q: torch.Tensor, seen: Seen, scale: float) -> torch.Tensor:

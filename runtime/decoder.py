@@ -39,26 +39,27 @@ class Mlp:
     """down(act(gate(x)) · up(x))."""
 
     def __init__(self, spec: GatedMlp, gate_up: Linear, down: Linear) -> None:
-        self._activation = ACTIVATIONS[spec.activation]
+        self.activation = spec.activation
+        self._activate = ACTIVATIONS[spec.activation]
         self._width = spec.down.in_features
-        self._gate_up, self._down = gate_up, down
+        self.gate_up, self.down = gate_up, down
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [T, hidden] → float32 [T, hidden]."""
-        gate, up = self._gate_up(x).split(self._width, dim=1)
-        return self._down(self._activation(gate).mul_(up))
+        gate, up = self.gate_up(x).split(self._width, dim=1)
+        return self.down(self._activate(gate).mul_(up))
 
 
 class DecoderLayer:
     """x += mixer(norm(x)); x += mlp(norm(x))."""
 
     def __init__(self, mixer_norm: RmsNorm, mixer: Mixer, mlp_norm: RmsNorm, mlp: Mlp) -> None:
-        self._mixer_norm, self.mixer, self._mlp_norm, self._mlp = mixer_norm, mixer, mlp_norm, mlp
+        self.mixer_norm, self.mixer, self.mlp_norm, self.mlp = mixer_norm, mixer, mlp_norm, mlp
 
     def __call__(self, x: torch.Tensor, state: MixerState, step: Step) -> None:
         """Update the residual stream [T, hidden] in place."""
-        x.add_(self.mixer(self._mixer_norm(x), state, step))
-        x.add_(self._mlp(self._mlp_norm(x)))
+        x.add_(self.mixer(self.mixer_norm(x), state, step))
+        x.add_(self.mlp(self.mlp_norm(x)))
 
 
 class Decoder:
@@ -69,14 +70,14 @@ class Decoder:
     ) -> None:
         self.spec = spec
         self.device = embedding.device
-        self._embedding, self._layers, self._norm, self._head = embedding, layers, norm, head
+        self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
 
     def new_state(
         self, context: int | None = None, *, dtype: torch.dtype = torch.float32, fixed: bool = False
     ) -> DecoderState:
         """An empty sequence for up to ``context`` tokens (default: the model's); ``fixed``: see KVCache."""
         context = context or self.spec.context
-        make = (layer.mixer.new_state(context, dtype=dtype, device=self.device, fixed=fixed) for layer in self._layers)
+        make = (layer.mixer.new_state(context, dtype=dtype, device=self.device, fixed=fixed) for layer in self.layers)
         return DecoderState(context, list(make))
 
     @torch.inference_mode()
@@ -108,10 +109,10 @@ class Decoder:
         return self._logits(self._hidden(token, state, step))[0]
 
     def _hidden(self, ids: torch.Tensor, state: DecoderState, step: Step) -> torch.Tensor:
-        x = functional.embedding(ids, self._embedding).to(torch.float32)  # [T, hidden]
-        for layer, layer_state in zip(self._layers, state.layers, strict=True):
+        x = functional.embedding(ids, self.embedding).to(torch.float32)  # [T, hidden]
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
             layer(x, layer_state, step)
         return x
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        return self._head(self._norm(x))
+        return self.head(self.norm(x))

@@ -52,24 +52,24 @@ class CudaLinear:
     fallback: str | None = None
 
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None, *, exact: bool = False) -> None:
-        self._weight = gemv.arrange(weight)
-        self._bias = _checked_bias(bias, weight.n, weight.words.device)
-        self._norms = dequant.row_norms(self._weight)
-        self._exact = exact
+        self.weight = gemv.arrange(weight)
+        self.bias = _checked_bias(bias, weight.n, weight.words.device)
+        self._norms = dequant.row_norms(self.weight)
+        self.exact = exact
         self.n, self.k = weight.n, weight.k
-        self.resident_bytes = self._weight.nbytes + self._norms.nbytes
-        self.resident_bytes += 0 if self._bias is None else self._bias.nbytes
+        self.resident_bytes = self.weight.nbytes + self._norms.nbytes
+        self.resident_bytes += 0 if self.bias is None else self.bias.nbytes
         self.kernel = _name(weight.bits, exact=exact)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         assert x.dim() == 2
         assert x.shape[1] == self.k
         x = x.contiguous()
-        if self._exact:
-            return dequant.exact_matmul(x, self._weight, self._bias)
+        if self.exact:
+            return dequant.exact_matmul(x, self.weight, self.bias)
         if x.shape[0] > GEMV_TOKENS:
-            return dequant.matmul(x, self._weight, self._norms, self._bias)
-        return gemv.gemv(gemv.quantize(x, self._weight.bits), self._weight, self._bias)
+            return dequant.matmul(x, self.weight, self._norms, self.bias)
+        return gemv.gemv(gemv.quantize(x, self.weight.bits), self.weight, self.bias)
 
 
 class DenseCudaLinear:
@@ -84,19 +84,19 @@ class DenseCudaLinear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, exact: bool = False) -> None:
         assert weight.dim() == 2
         assert weight.dtype == torch.bfloat16 or (exact and weight.dtype == torch.float32)
-        self._weight = weight.contiguous()
-        self._bias = _checked_bias(bias, weight.shape[0], weight.device)
-        self._exact = exact
+        self.weight = weight.contiguous()
+        self.bias = _checked_bias(bias, weight.shape[0], weight.device)
+        self.exact = exact
         self.n, self.k = weight.shape
-        self.resident_bytes = self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        self.resident_bytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
         self.kernel = _name(16, exact=exact)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         assert x.dim() == 2
         assert x.shape[1] == self.k
         x = x.contiguous()
-        if self._exact:
-            return dense.exact_matmul(x, self._weight, self._bias)
+        if self.exact:
+            return dense.exact_matmul(x, self.weight, self.bias)
         if x.shape[0] > GEMV_TOKENS:
-            return dense.matmul(x.float(), self._weight, self._bias)
-        return dense.gemv(x, self._weight, self._bias)
+            return dense.matmul(x.float(), self.weight, self.bias)
+        return dense.gemv(x, self.weight, self.bias)

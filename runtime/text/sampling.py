@@ -10,6 +10,10 @@ import torch
 
 from lbq.formats.errors import DataError, UsageError
 
+BROKEN_LOGITS = (
+    "the model's logits are not finite numbers: its weights are broken (lbq verify tells), or on a GPU "
+    "its keys and values do not fit the float16 cache (--dtype float32)"
+)
 _FIRST_LOOK = 512
 
 
@@ -74,10 +78,7 @@ class Sampler:
         logits = self._penalize(logits)
         best = logits.max(dim=0)  # NaN where any logit is
         if not math.isfinite(best.values):
-            raise DataError(
-                "the model's logits are not finite numbers: its weights are broken (lbq verify tells), or on a GPU "
-                "its keys and values do not fit the float16 cache (--dtype float32)"
-            )
+            raise DataError(BROKEN_LOGITS)
         if options.temperature == 0.0:
             token = int(best.indices)
         else:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -134,10 +135,13 @@ class Tiny:
         return model
 
 
-def tiny_model(family: str, folder: Path, *, bits: int = 4, seed: int = 1) -> Tiny:
-    """Random weights, norms and biases; linears at ``bits`` with groups of 32, an untied head at 8, one scale a row."""
+def tiny_model(family: str, folder: Path, *, bits: int = 4, seed: int = 1, **shape: int) -> Tiny:
+    """Random weights, norms and biases; linears at ``bits`` with groups of 32, an untied head at 8, one scale a row.
+
+    ``shape`` overrides SHAPE.
+    """
     kind, architecture, changes = FAMILIES[family]
-    config = {**SHAPE, **changes, "model_type": kind, "architectures": [architecture]}
+    config = {**SHAPE, **changes, **shape, "model_type": kind, "architectures": [architecture]}
     folder.joinpath("config.json").write_text(json.dumps(config))
     spec = read_spec(folder).spec
     random = torch.Generator().manual_seed(seed)
@@ -168,10 +172,31 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def make_tiny(tmp_path: Path) -> Callable[..., Tiny]:
-    """``make_tiny(family, bits=4, seed=1)``"""
+    """``make_tiny(family, bits=4, seed=1, **shape)``"""
     return lambda family, **options: tiny_model(family, tmp_path, **options)
 
 
 @pytest.fixture(scope="session")
 def reference_kernels() -> ReferenceKernels:
     return ReferenceKernels()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter patches its language at every call of a function within a kernel: once is enough."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or not hasattr(interpreter, "_patch_lang"):
+        yield
+        return
+    import triton.language as tl
+
+    patch = interpreter._patch_lang
+
+    def patch_once(fn: Any) -> Any:
+        seen = [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
+        new = any(tl.core.is_builtin(lang.load) for lang in seen)
+        return patch(fn) if new else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+    yield
+    interpreter._patch_lang = patch

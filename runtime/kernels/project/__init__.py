@@ -57,7 +57,7 @@ def project(
     if to is None:
         layout = (0, 0, 1.0)
     else:
-        assert isinstance(to, {"store": (), "add": Normed, "gated": Activations}[kind])
+        assert kind == ("add" if isinstance(to, Normed) else "gated")
         assert written is not None
         assert written.planes.k == n
         assert outputs % 32 == 0 or counters is not None

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FILES = ("test_gemv.py", "test_dequant.py", "test_dense.py", "test_cuda_linear.py")
+KERNELS = ("gemv", "dequant", "dense", "cuda_linear", "planes", "project", "attention", "sample")
+FILES = (*(f"kernels/test_{name}.py" for name in KERNELS), "test_fused.py")
 
 
 def test_under_the_interpreter() -> None:
-    files = [str(HERE / name) for name in FILES]
+    folder = HERE.parent
+    files = [str(folder / name) for name in FILES]
     run = subprocess.run(
         [
             sys.executable,
@@ -24,7 +26,7 @@ def test_under_the_interpreter() -> None:
             "-x",
             "-p",
             "no:cacheprovider",
-            f"--confcutdir={HERE}",
+            f"--confcutdir={folder}",
             *files,
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},

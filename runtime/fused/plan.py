@@ -1,0 +1,63 @@
+"""How each launch of a fused step is shaped: a rule, and room for what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lbq.runtime.kernels.attention import Heads, Split, split_for
+from lbq.runtime.kernels.gemv import ArrangedWeight, Tile, tile
+
+Role = Literal["qkv", "out", "gate_up", "down", "head"]
+
+
+@dataclass(frozen=True)
+class Projecting:
+    """How one projection runs.
+
+    Its result's int8 planes are written by programs that own whole blocks of 32 outputs, by the last to arrive of those
+    that share a block (``tile`` says which of the two), or ``apart``, by a launch of their own.
+    """
+
+    tile: Tile
+    apart: bool = False
+    ahead: bool = False  # with PDL: call all weights of a program into L2 while it waits
+
+    def outputs(self, role: Role) -> int:
+        """Outputs of a program."""
+        return self.tile.rows // 2 if role == "gate_up" else self.tile.rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen by measuring; what is None follows the rule."""
+
+    qkv: Projecting | None = None
+    out: Projecting | None = None
+    gate_up: Projecting | None = None
+    down: Projecting | None = None
+    head: Projecting | None = None
+    split: Split | None = None
+    pdl: bool = False  # programmatic dependent launch, sm_90 on
+
+    def projecting(self, role: Role, weight: ArrangedWeight, sm_count: int) -> Projecting:
+        """How ``role`` runs on ``weight``."""
+        chosen: Projecting | None = getattr(self, role)
+        return chosen or _rule(role, weight, sm_count)
+
+    def splitting(self, heads: Heads, sm_count: int) -> Split:
+        """How attention of ``heads`` cuts the cache."""
+        return self.split or split_for(heads, sm_count)
+
+    def with_role(self, role: Role, projecting: Projecting) -> Plan:
+        """The same with another choice for one role."""
+        changed: dict[str, Any] = {role: projecting}
+        return replace(self, **changed)
+
+
+def _rule(role: Role, weight: ArrangedWeight, sm_count: int) -> Projecting:
+    """The tile of the bare product, with two rows at least where a gate and its up go together. Not measured yet."""
+    chosen = tile(weight.n, weight.k, weight.bits, sm_count)
+    if role == "gate_up" and chosen.rows < 2:
+        chosen = replace(chosen, rows=2)
+    return Projecting(chosen)

@@ -1,0 +1,279 @@
+"""One decode step of a decoder, from a token on the device to its logits there, in five launches a layer.
+
+qkv · attention (norm and rope of q and k, the cache's new entry, merge) · out + residual · gate/up + activation ·
+down + residual; an embedding before them and a head behind. What a launch hands to the next one are int8 planes of
+activations, in buffers that layers share: each is read before it is written again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lbq.runtime.attention import AttentionMixer
+from lbq.runtime.cache import DecoderState, KVCache
+from lbq.runtime.decoder import Decoder, DecoderLayer
+from lbq.runtime.fused.plan import Plan, Projecting, Role
+from lbq.runtime.kernels import attention, planes
+from lbq.runtime.kernels.attention import Cache, Heads, Norms, Scratch, Split
+from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
+from lbq.runtime.kernels.gemv import ArrangedWeight, sm_count
+from lbq.runtime.kernels.planes import Activations, Normed
+from lbq.runtime.kernels.project import Activation, Kind, arrivals, project, project_dense
+from lbq.runtime.norm import RmsNorm
+from lbq.runtime.rope import Rotary
+
+
+def why_not(decoder: Decoder) -> str | None:
+    """Why this step cannot run ``decoder``, in words, or None where it can."""
+    if decoder.embedding.dtype not in (torch.bfloat16, torch.float16):
+        return f"its embedding is {decoder.embedding.dtype}"
+    for i, layer in enumerate(decoder.layers):
+        mixer = layer.mixer
+        if not isinstance(mixer, AttentionMixer):
+            return f"layer {i} mixes tokens by {type(mixer).__name__}"
+        trouble = attention.why_not(_heads(mixer))
+        if trouble is not None:
+            return f"layer {i}: {trouble}"
+        units = {"q/k/v": mixer.qkv, "output": mixer.out, "gate/up": layer.mlp.gate_up, "down": layer.mlp.down}
+        for name, linear in units.items():
+            if not isinstance(linear, CudaLinear) or linear.exact:
+                return f"layer {i}: the {name} projection runs by {linear.kernel}"
+    head = decoder.head
+    if not isinstance(head, CudaLinear | DenseCudaLinear) or head.exact:
+        return f"the head runs by {head.kernel}"
+    return None
+
+
+def _heads(mixer: AttentionMixer) -> Heads:
+    spec = mixer.spec
+    return Heads(spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim, spec.rope.dims, spec.scale, spec.window)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """One projection, ready to launch."""
+
+    weight: ArrangedWeight
+    bias: torch.Tensor | None
+    role: Role
+    how: Projecting
+    x: Activations
+    y: torch.Tensor
+    to: Normed | Activations | None = None
+    counters: torch.Tensor | None = None
+    activation: Activation = "silu"
+
+    def launch(self, *, pdl: bool) -> None:
+        """The product, and where it is done apart the writing of its planes."""
+        kinds: dict[Role, Kind] = {"out": "add", "down": "add", "gate_up": "gated", "qkv": "store", "head": "store"}
+        project(
+            self.x,
+            self.weight,
+            self.bias,
+            self.y,
+            kind=kinds[self.role],
+            tile=self.how.tile,
+            to=None if self.how.apart else self.to,
+            counters=self.counters,
+            activation=self.activation,
+            pdl=pdl,
+            ahead=self.how.ahead,
+        )
+        if not self.how.apart:
+            return
+        if isinstance(self.to, Normed):
+            planes.norm(self.y, self.to, pdl=pdl)
+        elif self.to is not None:
+            planes.plain(self.y, self.to, pdl=pdl)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The attention of one layer, ready to launch on any cache."""
+
+    qkv: torch.Tensor
+    heads: Heads
+    q_norm: Norms | None
+    k_norm: Norms | None
+    angles: tuple[torch.Tensor, torch.Tensor]
+    scratch: Scratch
+    split: Split
+    to: Activations
+
+    def launch(self, position: torch.Tensor, cache: KVCache, *, pdl: bool) -> None:
+        attention.attend(
+            self.qkv,
+            self.heads,
+            self.q_norm,
+            self.k_norm,
+            self.angles,
+            position,
+            Cache(cache.kv),
+            self.scratch,
+            self.split,
+            self.to,
+            pdl=pdl,
+        )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: _Product
+    attention: _Attention
+    out: _Product
+    gate_up: _Product
+    down: _Product
+
+
+class _Buffers:
+    """What launches hand on, made once for each shape."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._activations: dict[tuple[str, int, int, float | None], Activations] = {}
+        self._vectors: dict[tuple[str, int], torch.Tensor] = {}
+        self._scratch: dict[tuple[Heads, Split], Scratch] = {}
+
+    def activations(self, name: str, k: int, bits: int, eps: float | None = None) -> Activations:
+        key = (name, k, bits, eps)
+        if key not in self._activations:
+            self._activations[key] = Activations.empty(k, bits, self._device, eps=eps)
+        return self._activations[key]
+
+    def vector(self, name: str, n: int) -> torch.Tensor:
+        """float32 [n]."""
+        if (name, n) not in self._vectors:
+            self._vectors[name, n] = torch.empty(n, dtype=torch.float32, device=self._device)
+        return self._vectors[name, n]
+
+    def counters(self, n: int) -> torch.Tensor:
+        if ("counters", n) not in self._vectors:
+            self._vectors["counters", n] = arrivals(n, self._device)
+        return self._vectors["counters", n]
+
+    def scratch(self, heads: Heads, split: Split) -> Scratch:
+        if (heads, split) not in self._scratch:
+            self._scratch[heads, split] = Scratch.empty(heads, split, self._device)
+        return self._scratch[heads, split]
+
+
+class FusedStep:
+    """The launches of one decoder's step; ``run`` allocates nothing and reads nothing on the host."""
+
+    def __init__(self, decoder: Decoder, slots: int, plan: Plan) -> None:
+        """For positions below ``slots``, the length of the caches. ``why_not(decoder)`` must be None."""
+        assert why_not(decoder) is None
+        self._decoder, self._plan, self._slots = decoder, plan, slots
+        self._device = decoder.device
+        self._sms = sm_count(self._device)
+        self._buffers = _Buffers(self._device)
+        self._angles: dict[Rotary, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._x = self._buffers.vector("x", decoder.spec.hidden_size)
+        self.logits = self._buffers.vector("logits", decoder.spec.vocab_size)
+        layers, head = decoder.layers, decoder.head
+        entries = [self._entry(layer.mixer_norm, _mixer(layer).qkv) for layer in layers]
+        entries.append(self._entry(decoder.norm, head))
+        self._first, self._last = entries[0], entries[-1]
+        self._layers = [self._layer(*each) for each in zip(layers, entries[:-1], entries[1:], strict=True)]
+        self._head = None
+        if isinstance(head, CudaLinear):
+            self._head = self._product("head", head, self._last.to, self.logits)
+
+    @property
+    def launches(self) -> int:
+        """Kernels a step."""
+        parts = [p for layer in self._layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        return 2 + len(parts) + len(self._layers) + sum(p.how.apart and p.to is not None for p in parts)
+
+    @torch.inference_mode()
+    def run(self, token: torch.Tensor, position: torch.Tensor, state: DecoderState) -> torch.Tensor:
+        """Take in ``token`` at ``position``, int64 [1] on the device: logits, float32 [V], the same tensor every time.
+
+        ``state``'s caches are fixed and of ``slots``; its ``length`` stays as it is.
+        """
+        pdl = self._plan.pdl
+        planes.embed(token, self._decoder.embedding, self._x, self._first, pdl=pdl)
+        for layer, cache in zip(self._layers, state.layers, strict=True):
+            assert isinstance(cache, KVCache)
+            layer.qkv.launch(pdl=pdl)
+            layer.attention.launch(position, cache, pdl=pdl)
+            layer.out.launch(pdl=pdl)
+            layer.gate_up.launch(pdl=pdl)
+            layer.down.launch(pdl=pdl)
+        if self._head is not None:
+            self._head.launch(pdl=pdl)
+        else:
+            head = self._decoder.head
+            assert isinstance(head, DenseCudaLinear)
+            squares = self._last.to.squares
+            assert squares is not None
+            project_dense(
+                self._x, self._last.weight, squares, self._last.to.eps, head.weight, head.bias, self.logits, pdl=pdl
+            )
+        return self.logits
+
+    def _entry(self, norm: RmsNorm, linear: object) -> Normed:
+        """What the residual stream is written into before ``linear``; a dense head reads its squares alone."""
+        bits = linear.weight.bits if isinstance(linear, CudaLinear) else 8
+        return Normed(self._buffers.activations("stream", norm.weight.numel(), bits, norm.eps), norm.weight)
+
+    def _layer(self, layer: DecoderLayer, entry: Normed, following: Normed) -> _Layer:
+        mixer, buffers = _mixer(layer), self._buffers
+        heads = _heads(mixer)
+        out, gate_up, down = mixer.out, layer.mlp.gate_up, layer.mlp.down
+        assert isinstance(out, CudaLinear)
+        assert isinstance(down, CudaLinear)
+        qkv = buffers.vector("qkv", heads.width)
+        seen = buffers.activations("seen", out.k, out.weight.bits)
+        between = self._entry(layer.mlp_norm, gate_up)
+        gated = buffers.activations("gated", down.k, down.weight.bits)
+        split = self._plan.splitting(heads, self._sms)
+        return _Layer(
+            self._product("qkv", mixer.qkv, entry.to, qkv),
+            _Attention(
+                qkv,
+                heads,
+                _norms(mixer.q_norm),
+                _norms(mixer.k_norm),
+                self._table(mixer.rotary),
+                buffers.scratch(heads, split),
+                split,
+                seen,
+            ),
+            self._product("out", out, seen, self._x, between),
+            self._product("gate_up", gate_up, between.to, buffers.vector("gated", down.k), gated, layer.mlp.activation),
+            self._product("down", down, gated, self._x, following),
+        )
+
+    def _product(
+        self,
+        role: Role,
+        linear: object,
+        x: Activations,
+        y: torch.Tensor,
+        to: Normed | Activations | None = None,
+        activation: Activation = "silu",
+    ) -> _Product:
+        assert isinstance(linear, CudaLinear)
+        how = self._plan.projecting(role, linear.weight, self._sms)
+        shared = to is not None and not how.apart and how.outputs(role) % 32 != 0
+        counters = self._buffers.counters(y.numel()) if shared else None
+        return _Product(linear.weight, linear.bias, role, how, x, y, to, counters, activation)
+
+    def _table(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines float32 [slots, dims/2] of all positions, as the decoder itself computes them."""
+        if rotary not in self._angles:
+            cos, sin = rotary.angles(torch.arange(self._slots, device=self._device))
+            self._angles[rotary] = (cos.view(self._slots, -1).contiguous(), sin[:, 0, 1].contiguous())
+        return self._angles[rotary]
+
+
+def _mixer(layer: DecoderLayer) -> AttentionMixer:
+    assert isinstance(layer.mixer, AttentionMixer)
+    return layer.mixer
+
+
+def _norms(norm: RmsNorm | None) -> Norms | None:
+    return None if norm is None else Norms(norm.weight, norm.eps)
