@@ -74,6 +74,7 @@ class CudaDevice:
 
     exact: bool
     note: str | None = None
+    fused: bool = False  # decode by ``lbq.runtime.fused`` where it can: not the default before it has run on a GPU
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +110,15 @@ class CudaDevice:
         return fitting_context(decoder.spec.context, sample.nbytes // BUCKET, free)
 
     def engine(self, decoder: Decoder, context: int) -> Engine:
-        return CudaEngine(decoder, context, cache_dtype=self.cache_dtype)
+        if not self.fused:
+            return CudaEngine(decoder, context, cache_dtype=self.cache_dtype)
+        from lbq.runtime.fused.engine import FusedEngine
+        from lbq.runtime.fused.step import why_not
+
+        fallback = why_not(decoder)
+        if fallback is None:
+            return FusedEngine(decoder, context)
+        return CudaEngine(decoder, context, cache_dtype=self.cache_dtype, fallback=fallback)
 
 
 Device = CpuDevice | CudaDevice

@@ -21,9 +21,19 @@ class CudaEngine(DecoderEngine):
     """One text on a decoder whose weights lie on a CUDA device."""
 
     def __init__(
-        self, decoder: Decoder, context: int, *, cache_dtype: torch.dtype = torch.float16, graphs: bool = True
+        self,
+        decoder: Decoder,
+        context: int,
+        *,
+        cache_dtype: torch.dtype = torch.float16,
+        graphs: bool = True,
+        fallback: str | None = None,
     ) -> None:
-        """``graphs=False`` runs the same step without capturing it, on any device."""
+        """``graphs=False`` runs the same step without capturing it, on any device.
+
+        ``fallback``: why the fused step, which was asked for, does not run ``decoder``.
+        """
+        self.fallback = fallback
         slots = -(-context // BUCKET) * BUCKET
         super().__init__(decoder, context, cache_dtype=cache_dtype, slots=slots)
         device = decoder.device

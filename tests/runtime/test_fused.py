@@ -14,6 +14,7 @@ from lbq.formats.errors import DataError
 from lbq.formats.packing import PackedWeight
 from lbq.runtime.binding import bind
 from lbq.runtime.decoder import Decoder
+from lbq.runtime.devices import CudaDevice
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import CudaEngine
 from lbq.runtime.fused.engine import FusedEngine
@@ -171,3 +172,14 @@ def test_what_it_does_not_know(make_tiny, reference_kernels):
     decoder = bind(model.weights, Kernels()).decoder
     decoder.layers[1].mixer = object()
     assert why_not(decoder) == "layer 1 mixes tokens by object"
+
+
+def test_the_device_takes_it_only_where_it_is_asked_to(make_tiny, reference_kernels):
+    weights = make_tiny("llama-tied", **SMALL).weights
+    decoder = bind(weights, Kernels()).decoder
+    asked, unasked = CudaDevice(exact=False, fused=True), CudaDevice(exact=False)
+    assert isinstance(asked.engine(decoder, CONTEXT), FusedEngine)
+    assert isinstance(unasked.engine(decoder, CONTEXT), CudaEngine)
+    other = asked.engine(bind(weights, reference_kernels).decoder, CONTEXT)
+    assert isinstance(other, CudaEngine)
+    assert "reference INT4" in other.fallback

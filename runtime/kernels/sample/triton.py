@@ -149,11 +149,10 @@ def narrow(
     tl.store(sums_ptr + tl.program_id(0) * WAYS + way, total)
     if arrived(arrivals_ptr, 0, PROGRAMS):
         total = tl.zeros([WAYS], dtype=tl.float32)
-        for first in tl.range(0, PROGRAMS, 32):
-            p = first + tl.arange(0, 32)[:, None]
-            total += tl.sum(
-                tl.load(sums_ptr + p * WAYS + way[None, :], mask=p < PROGRAMS, other=0.0, cache_modifier=".cg"), axis=0
-            )
+        for row in tl.range(0, PROGRAMS, 32):
+            p = row + tl.arange(0, 32)[:, None]
+            at = sums_ptr + p * WAYS + way[None, :]
+            total += tl.sum(tl.load(at, mask=p < PROGRAMS, other=0.0, cache_modifier=".cg"), axis=0)
         if MASS:
             if FIRST:
                 aim = tl.max(total) * tl.load(settings_ptr + 2)  # all of it lies above the lowest threshold
@@ -218,5 +217,5 @@ def draw(
         p = tl.arange(0, PP)
         values = tl.load(value_ptr + p, mask=p < PROGRAMS, other=_LOWEST, cache_modifier=".cg")
         indices = tl.load(index_ptr + p, mask=p < PROGRAMS, other=0, cache_modifier=".cg")
-        _, token = _best(values, indices)
+        _highest, token = _best(values, indices)
         _take(token, tl.load(bracket_ptr + 3) > 0.0, token_ptr, position_ptr, history_ptr, seen_ptr, PENALTY)

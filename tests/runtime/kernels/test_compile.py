@@ -12,11 +12,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lbq.runtime.kernels.attention import triton as attention
 from lbq.runtime.kernels.dense import triton as dense
 from lbq.runtime.kernels.dequant import triton as dequant
-from lbq.runtime.kernels.gemv import plane_columns, tile
+from lbq.runtime.kernels.gemv import Tile, plane_columns, tile
 from lbq.runtime.kernels.gemv import triton as gemv
 from lbq.runtime.kernels.gemv.tiles import codes_a_column
+from lbq.runtime.kernels.planes import triton as planes
+from lbq.runtime.kernels.project import triton as project
+from lbq.runtime.kernels.sample import triton as sample
 
 pytestmark = pytest.mark.skipif(gemv.INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -105,3 +109,144 @@ def test_the_other_kernels(capability: int, tmp_path: Path) -> None:
     constants = {"K": 4096, "BN": 4, "BK": 1024, "HAS_BIAS": True}
     loads = _check(_compile(dense.gemv, capability, 4, types, constants), tmp_path)
     assert all(VECTOR in load for load in loads if "evict_first" in load)
+
+
+def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile, *, pdl: bool) -> Any:
+    """A projection of K = k whose N = n outputs go on as planes for INT4, or nowhere."""
+    pointers = ["w", "s", "q", "xs", "squares", "bias", "y", "norm", "q_out", "s_out", "squares_out", "arrivals"]
+    types = {f"{name}_ptr": "*fp32" for name in pointers}
+    types |= {"w_ptr": "*i32", "s_ptr": "*bf16", "q_ptr": "*i32", "q_out_ptr": "*i32", "arrivals_ptr": "*i32"}
+    constants = {
+        "K": k,
+        "G": k if bits == 8 else 128,
+        "BITS": bits,
+        "XC": plane_columns(k, bits),
+        "BN": chosen.rows,
+        "BW": chosen.columns,
+        "HAS_BIAS": False,
+        "NORMED": kind != "add",
+        "EPS": 1e-5,
+        "KIND": kind,
+        "ACTIVATION": "silu",
+        "C_OUT": 0 if kind == "store" else 8,
+        "XC_OUT": plane_columns(n, 4),
+        "FOLD_OUT": 0.0625,
+        "PDL": pdl,
+        "AHEAD": pdl,
+        "EMULATE": False,
+    }
+    return _compile(project.project, capability, chosen.warps, {**types, "N": "i32"}, constants)
+
+
+def _attend(capability: int, group: int, dim: int, *, eight: bool = False, pdl: bool = False) -> Any:
+    pointers = ["qkv", "q_norm", "k_norm", "cos", "sin", "position", "kv", "kv_scale", "part", "peak", "sum"]
+    pointers += ["arrivals", "q_out", "s_out"]
+    types = {f"{name}_ptr": "*fp32" for name in pointers}
+    types |= {"position_ptr": "*i64", "kv_ptr": "*i8" if eight else "*fp16"}
+    types |= {"arrivals_ptr": "*i32", "q_out_ptr": "*i32", "SLOTS": "i32"}
+    constants = {
+        "KV_HEADS": 8,
+        "G": group,
+        "D": dim,
+        "DIMS": dim,
+        "SCALE": dim**-0.5,
+        "WINDOW": 0,
+        "Q_EPS": 1e-6,
+        "K_EPS": 1e-6,
+        "SPLITS": 32,
+        "LEAST": 64,
+        "BLOCK": 64,
+        "STAGES": 2,
+        "EIGHT": eight,
+        "C_OUT": 8,
+        "XC_OUT": plane_columns(8 * group * dim, 4),
+        "FOLD_OUT": 0.0625,
+        "PDL": pdl,
+    }
+    return _compile(attention.attend, capability, 4, types, constants)
+
+
+SHARED, WHOLE = Tile(2, 128, 1), Tile(32, 128, 8)  # several programs a block of 32 outputs, or whole blocks a program
+SOME = [86, 90]  # for kernels that differ little from those compiled for all
+
+
+@pytest.mark.parametrize("capability", SM_COUNTS)
+def test_projections_of_a_fused_step(capability: int, tmp_path: Path) -> None:
+    few = capability not in SOME
+    for kind, bits, chosen in [
+        ("add", 4, SHARED),
+        ("gated", 3, Tile(4, 128, 1)),
+        ("store", 8, SHARED),
+        ("add", 4, WHOLE),
+    ][: 1 if few else None]:
+        loads = _check(_project(capability, kind, 4096, 4096, bits, chosen, pdl=False), tmp_path, 16384)
+        weights = [load for load in loads if "evict_first" in load]
+        assert weights
+        assert all(VECTOR in load for load in weights), loads
+
+
+@pytest.mark.parametrize("capability", SM_COUNTS)
+def test_attention_of_a_fused_step(capability: int, tmp_path: Path) -> None:
+    shapes = [(4, 128, False), (7, 64, False), (1, 96, False), (2, 128, True)]
+    for group, dim, eight in shapes if capability in SOME else shapes[:1]:
+        compiled = _attend(capability, group, dim, eight=eight)
+        _check(compiled, tmp_path)
+        assert "mma.sync" in compiled.asm["ptx"]
+        cached = re.findall(
+            r"cp\.async\.\w+\.shared\.global \[ \S+ \+ \d+ \], \[ \S+ \+ \d+ \], (0x\w+|\d+)", compiled.asm["ptx"]
+        )
+        assert cached
+        sizes = {int(size, 0) for size in cached}
+        assert sizes == ({4, 8, 16} if eight else {16})  # int8 keys by eights, as they will be in float16; scales
+        assert "atom.global.gpu.acq_rel" in compiled.asm["ptx"]
+
+
+def test_dependent_launch_waits_after_the_first_weights_and_before_the_activations() -> None:
+    ptx = _project(90, "add", 4096, 4096, 4, SHARED, pdl=True).asm["ptx"]
+    wait = ptx.index("griddepcontrol.wait")
+    loads = [(match.start(), "evict_first" in match.group()) for match in re.finditer(r"ld\.global\S*", ptx)]
+    assert ptx.index("griddepcontrol.launch_dependents") < loads[0][0]
+    assert ptx.index("prefetch.global.L2") < wait
+    assert sum(weight for at, weight in loads if at < wait) == 2  # a row's words of the first step
+    assert sum(not weight for at, weight in loads if at < wait) <= 4  # its scales
+    ptx = _attend(90, 4, 128, pdl=True).asm["ptx"]
+    before = ptx[: ptx.index("griddepcontrol.wait")]
+    assert len(re.findall(r"ld\.global|cp\.async", before)) == 1  # the position
+
+
+@pytest.mark.parametrize("capability", SOME)
+def test_the_small_kernels_of_a_fused_step(capability: int, tmp_path: Path) -> None:
+    stream = {"x_ptr": "*fp32", "norm_ptr": "*fp32", "q_ptr": "*i32", "s_ptr": "*fp32", "squares_ptr": "*fp32"}
+    size = {"N": "i32", "XC": "i32"}
+    layout = {"C": 8, "FOLD": 0.0625, "BB": 8, "PDL": False}
+    _check(_compile(planes.norm, capability, 4, {**stream, **size}, layout), tmp_path)
+    _check(
+        _compile(planes.embed, capability, 4, {"token_ptr": "*i64", "table_ptr": "*bf16", **stream, **size}, layout),
+        tmp_path,
+    )
+    plain = {name: kind for name, kind in stream.items() if name not in ("norm_ptr", "squares_ptr")}
+    _check(_compile(planes.plain, capability, 4, {**plain, **size}, layout), tmp_path)
+    dense_types = {f"{name}_ptr": "*fp32" for name in ("x", "norm", "squares", "w", "bias", "y")}
+    constants = {"K": 2048, "BN": 4, "BK": 1024, "HAS_BIAS": False, "EPS": 1e-6, "PDL": False}
+    dense_types |= {"w_ptr": "*bf16", "N": "i32"}
+    loads = _check(_compile(project.project_dense, capability, 4, dense_types, constants), tmp_path, 16384)
+    assert all(VECTOR in load for load in loads if "evict_first" in load)
+
+
+@pytest.mark.parametrize("capability", SOME)
+def test_sampling(capability: int, tmp_path: Path) -> None:
+    kinds = {"seen_ptr": "*i8", "seed_ptr": "*i32", "index_ptr": "*i32", "arrivals_ptr": "*i32", "top_k_ptr": "*i32"}
+    kinds |= dict.fromkeys(("token_ptr", "position_ptr", "history_ptr"), "*i64") | {"V": "i32", "PROGRAMS": "i32"}
+    options = {"BLOCK": 1024, "PP": 128, "PENALTY": True, "PDL": False, "PART": 128, "WAYS": 64}
+    for kernel, chosen in (
+        (sample.begin, {"GREEDY": True}),
+        (sample.begin, {"GREEDY": False}),
+        (sample.narrow, {"MASS": True, "FIRST": True}),
+        (sample.draw, {"FILTERED": True}),
+    ):
+        constants = {name: value for name, value in {**options, **chosen}.items() if name in kernel.arg_names}
+        constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        types = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
+        compiled = _compile(kernel, capability, 4, types, constants)
+        _check(compiled, tmp_path)
+        assert "lg2.approx" not in compiled.asm["ptx"]  # noise is made of logarithms close to 1

@@ -7,14 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
-KERNELS = ("gemv", "dequant", "dense", "cuda_linear", "planes", "project", "attention", "sample")
-FILES = (*(f"kernels/test_{name}.py" for name in KERNELS), "test_fused.py")
+FILES = [
+    [f"kernels/test_{name}.py" for name in ("gemv", "dequant", "dense", "cuda_linear", "planes", "project")],
+    ["kernels/test_attention.py", "kernels/test_sample.py", "test_fused.py"],
+]
 
 
-def test_under_the_interpreter() -> None:
+@pytest.mark.parametrize("names", FILES, ids=["products", "steps"])
+def test_under_the_interpreter(names: list[str]) -> None:
     folder = HERE.parent
-    files = [str(folder / name) for name in FILES]
+    files = [str(folder / name) for name in names]
     run = subprocess.run(
         [
             sys.executable,
