@@ -18,6 +18,7 @@ from lbq.formats import manifest as manifests
 from lbq.formats.errors import DataError, RemoteError, StorageError, UsageError
 from lbq.formats.tokenizer_file import TOKENIZER, load_tokenizer
 from lbq.hub.names import HubId, parse_hub_id
+from lbq.quantizer.quiet import quiet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -108,11 +109,13 @@ def _fetch(hub_id: HubId) -> Texts:
     name = str(hub_id)
     advice = "give a local file: --calib FILE (.txt, .json or .jsonl)"
     try:
-        from datasets import load_dataset  # slow to import
+        with quiet():
+            from datasets import load_dataset  # slow to import
     except ModuleNotFoundError:
         raise UsageError(f"{name}: the datasets package is not installed; {advice}") from None
     try:
-        rows = load_dataset(hub_id.name, split="train", revision=hub_id.revision)
+        with quiet():
+            rows = load_dataset(hub_id.name, split="train", revision=hub_id.revision)
     except Exception as error:  # the library raises its own kinds, httpx's and OSError's
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RemoteError(f"{name}: no calibration text from the Hub: {reason}; {advice}") from error

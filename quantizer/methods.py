@@ -18,6 +18,7 @@ from lbq.quantizer import tensors
 from lbq.quantizer.autoround import work as works
 from lbq.quantizer.autoround.blocks import LAYERS
 from lbq.quantizer.autoround.run import OnProgress, Tuner
+from lbq.quantizer.autoround.tuner import products_dtype
 from lbq.quantizer.autoround.work import Work
 from lbq.quantizer.calibration import Calibration, calibrate
 from lbq.quantizer.plan import Plan, Quantize
@@ -116,6 +117,7 @@ def described(request: Request, calibration: Calibration | None, device: torch.d
         batch=tuning.batch,
         seed=tuning.seed,
         device=kind,
+        products="bfloat16" if products_dtype(device) == torch.bfloat16 else "float32",
         calibration=None if calibration is None else calibration.described(),
     )
 

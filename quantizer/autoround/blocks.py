@@ -11,8 +11,8 @@ import torch
 from lbq.formats.errors import DataError
 from lbq.formats.safetensors_file import Checkpoint
 from lbq.quantizer import tensors
-from lbq.quantizer.autoround.quiet import quiet
 from lbq.quantizer.plan import Keep, Plan, Quantize
+from lbq.quantizer.quiet import quiet
 
 LAYERS = "model.layers"
 

@@ -25,7 +25,7 @@ from lbq.quantizer.autoround.work import States, Work
 from lbq.quantizer.plan import Plan, Quantize
 
 STREAMS = 3  # files of hidden states that are there at a time, at most
-COPIES = 12  # float32 numbers a weight of the block being tuned: measured, see docs/autoround.md
+COPIES = 9  # float32 numbers a weight of the block being tuned, as measured: the weight, its rounding, gradients, …
 
 
 @dataclass(frozen=True)

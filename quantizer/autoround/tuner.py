@@ -14,9 +14,9 @@ from lbq.formats.packing import SCALE_DTYPE, PackedWeight, pack
 from lbq.formats.safetensors_file import Checkpoint
 from lbq.quantizer import tensors
 from lbq.quantizer.autoround.blocks import Block
-from lbq.quantizer.autoround.quiet import quiet
 from lbq.quantizer.autoround.settings import Tuning
 from lbq.quantizer.plan import Quantize
+from lbq.quantizer.quiet import quiet
 
 CLAMP = torch.tensor(1e-5, dtype=SCALE_DTYPE)  # auto-round lifts smaller scales to this, and so zeroes small groups
 
@@ -37,6 +37,13 @@ class Samples(list[torch.Tensor]):
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[number] for number in range(len(self)))
+
+
+def products_dtype(device: torch.device) -> torch.dtype:
+    """In which dtype matrices are multiplied while a block is tuned: BF16 where the hardware does, which is faster.
+    Weights, codes and scales are float32 and exact either way."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def rounded(checkpoint: Checkpoint, steps: Sequence[Quantize], device: torch.device) -> dict[str, PackedWeight]:
@@ -70,7 +77,9 @@ def tune(
     if not tuned:
         return dict(fallback)
     put(block, {step.module: fallback[step.module] for step in steps if not step.tunable})
-    with quiet(), _seeded(seed):
+    device = next(block.parameters()).device
+    products = torch.autocast(device.type, torch.bfloat16, enabled=products_dtype(device) == torch.bfloat16)
+    with quiet(), _seeded(seed), products:
         _quantize_block(block, config, tuned, tuning, seed, inputs, outputs)
     packed = {step.module: _packed(block.linear(step.module), step, fallback[step.module]) for step in tuned}
     return {module: packed.get(module, weight) for module, weight in fallback.items()}

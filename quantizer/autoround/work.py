@@ -210,7 +210,7 @@ def _differences(found: Header, header: Header) -> Iterator[str]:
             if was != is_:
                 what = {"tokens": "tokens a sample", "sha256": "text (sha256)", "tokens_sha256": "tokens (sha256)"}
                 yield f"calibration {what.get(field, field)} {_short(was)}, now {_short(is_)}"
-    for field in ("iterations", "batch", "seed", "device"):
+    for field in ("iterations", "batch", "seed", "device", "products"):
         if getattr(then, field) != getattr(now, field):
             yield f"{field} {getattr(then, field)}, now {getattr(now, field)}"
     for name in sorted(found.layers.keys() | header.layers.keys()):

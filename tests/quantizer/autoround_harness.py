@@ -20,8 +20,8 @@ from types import ModuleType
 
 import torch
 
-from lbq.quantizer.autoround.quiet import quiet
 from lbq.quantizer.convert import convert
+from lbq.quantizer.quiet import quiet
 
 
 def load(path: Path) -> ModuleType:

@@ -22,11 +22,11 @@ from lbq.formats.safetensors_file import open_checkpoint
 from lbq.quantizer import rtn
 from lbq.quantizer.autoround import tuner
 from lbq.quantizer.autoround.blocks import Blocks
-from lbq.quantizer.autoround.quiet import quiet
 from lbq.quantizer.autoround.run import Progress
 from lbq.quantizer.convert import Conversion, convert
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.plan import keep_all
+from lbq.quantizer.quiet import quiet
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,9 +18,9 @@ import torch
 
 from lbq.formats.errors import BusyError, DataError, LbqError, StorageError, UsageError
 from lbq.formats.staging import StagedFolder
-from lbq.quantizer.autoround.quiet import quiet
 from lbq.quantizer.autoround.run import Progress
 from lbq.quantizer.convert import Conversion, convert
+from lbq.quantizer.quiet import quiet
 
 HARNESS = Path(__file__).with_name("autoround_harness.py")
 
