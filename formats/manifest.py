@@ -86,7 +86,7 @@ class AutoRound(Method, frozen=True, kw_only=True, tag="autoround"):
     batch: Count
     seed: int
     device: Literal["cpu", "cuda"]
-    products: Literal["bfloat16", "float32"]  # dtype of matrix products while tuning
+    products: Literal["bfloat16", "float32"] = "float32"  # dtype of matrix products while tuning
     calibration: Calibration | None
 
 

@@ -107,11 +107,11 @@ class Work:
         foreign = [name for name in present if not FILES.fullmatch(name.removesuffix(".part")) and HEADER not in name]
         if foreign:
             raise StorageError(f"{self.folder}: holds {foreign[0]!r}, which lbq did not write; move it away")
-        if restart or HEADER not in present:
+        if restart or (HEADER not in present and not any(map(FILES.fullmatch, present))):
             return None
         try:
             return json_file.read(self.folder / HEADER, Header)
-        except DataError as error:
+        except (DataError, StorageError) as error:
             raise DataError(f"{error}; --restart drops this work") from None
 
     def _check(self, found: Header, header: Header) -> None:

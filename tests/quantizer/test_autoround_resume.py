@@ -212,6 +212,7 @@ def test_a_work_folder_that_is_not_ours(kind: str, tune: Tune, tmp_path: Path) -
     ("name", "damage", "error"),
     [
         ("work.json", b"{", DataError),
+        ("work.json", None, DataError),
         ("block-00000.safetensors", None, DataError),
         ("block-00000.safetensors", b"1234", DataError),
         ("quantized-00002.safetensors", None, DataError),

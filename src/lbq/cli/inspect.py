@@ -11,7 +11,7 @@ from lbq.cli.display import note, pattern, plain, size, table
 from lbq.cli.quality import perplexities, text_line, with_error
 
 if TYPE_CHECKING:
-    from lbq.formats.manifest import Manifest
+    from lbq.formats.manifest import Calibration, Manifest
     from lbq.formats.quality import Quality
 
 
@@ -52,6 +52,8 @@ def _checked_manifest(folder: Path) -> Manifest:
 
 
 def _print_head(artifact: str, manifest: Manifest) -> None:
+    from lbq.formats.manifest import AutoRound
+
     spec, method, source, summary = manifest.spec, manifest.method, manifest.source, manifest.summary
     revision = f" at {source.revision}" if source.revision else ""
     nbytes = sum(entry.size for entry in manifest.files.values())
@@ -66,10 +68,18 @@ def _print_head(artifact: str, manifest: Manifest) -> None:
     bits = f"INT{method.bits}" if method.bits else f"at most {method.target_bpw:g} bits a weight"
     head = f", head {method.lm_head} bits" if method.lm_head else ""
     click.echo(f"method   {method.name}, {bits}, group {group}{head}, by {tools}")
+    if isinstance(method, AutoRound):
+        click.echo(f"tuned    {method.iterations} iterations a block{_text(method.calibration)}")
     click.echo(
         f"quality  weight cosine {summary.cosine:.5f} (worst layer {summary.worst_cosine:.5f}), "
         f"error {summary.relative_error:.2%}, {summary.bits_per_weight:.2f} bits a quantized weight"
     )
+
+
+def _text(calibration: Calibration | None) -> str:
+    if calibration is None:
+        return ""
+    return f", on {calibration.samples} samples of {calibration.tokens} tokens of {plain(calibration.name)}"
 
 
 def _print_quality(quality: Quality) -> None:
