@@ -108,14 +108,18 @@ class TensorFile(Protocol):
     def close(self) -> None: ...
 
 
-class SafetensorsFile:
-    """A safetensors file, mapped. Opening reads and checks the header only.
+ReadBytes = Callable[[int, int], bytes]  # (count, at): bytes of a file, fewer only at its end
+ReadHeader = Callable[[Path, int, ReadBytes], Mapping[str, TensorInfo]]  # of a file of so many bytes
 
-    Raises :class:`DataError` if the file is anything but a whole, well-formed safetensors file, and
-    :class:`StorageError` if it cannot be read. A file that shrinks while it is mapped is beyond what can be handled.
+
+class MappedFile:
+    """A file of tensors, mapped. Opening reads and checks the header only, which ``read_header`` does.
+
+    Raises what ``read_header`` raises, and :class:`StorageError` if the file cannot be read. A file that shrinks while
+    it is mapped is beyond what can be handled.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read_header: ReadHeader) -> None:
         self.path = path
         with storage_errors(path):
             descriptor = _open_regular(path)
@@ -168,6 +172,13 @@ class SafetensorsFile:
         self.close()
 
 
+class SafetensorsFile(MappedFile):
+    """A safetensors file; :class:`DataError` if it is anything but a whole, well-formed one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, read_header)
+
+
 def find_tensor(file: TensorFile, name: str) -> TensorInfo:
     """The header's entry; :class:`DataError` if there is none."""
     info = file.tensors.get(name)
@@ -185,10 +196,10 @@ def _open_regular(path: Path) -> int:
     return descriptor
 
 
-def read_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> Mapping[str, TensorInfo]:
+def read_header(path: Path, size: int, read: ReadBytes) -> Mapping[str, TensorInfo]:
     """Read and check the header of a file of ``size`` bytes; gives its tensors in the order of their data.
 
-    ``read(count, at)`` gives bytes of the file, fewer only at its end. Raises :class:`DataError`.
+    Raises :class:`DataError`.
     """
     if size < 8:
         raise DataError(f"{path}: {size} bytes, too short for a safetensors file; fetch it again")

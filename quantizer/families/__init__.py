@@ -8,9 +8,10 @@ import msgspec
 
 from lbq.formats import json_file
 from lbq.formats.errors import DataError
+from lbq.formats.spec import ModelSpec
 from lbq.quantizer.families.llama import ARCHITECTURES, Adapted, adapt
 
-__all__ = ["Adapted", "read_quantized", "read_spec", "supported"]
+__all__ = ["Adapted", "read_quantized", "read_spec", "spec_of", "supported"]
 
 
 class _Head(msgspec.Struct):
@@ -48,17 +49,26 @@ def read_quantized(folder: Path) -> tuple[Adapted, bytes | None]:
     return adapted, settings if head.quantization_config else None
 
 
+def spec_of(data: bytes, path: Path) -> ModelSpec:
+    """The spec that the JSON of a ``config.json`` describes, which ``path`` is said to hold. Raises DataError."""
+    return _adapt(path, data, _head(path, data)).spec
+
+
 def _read(folder: Path) -> tuple[Path, bytes, _Head]:
     path = folder / "config.json"
     if not path.is_file():
         raise DataError(f"{folder}: no config.json: this is not a Hugging Face checkpoint")
     data = json_file.read_bytes(path)
+    return path, data, _head(path, data)
+
+
+def _head(path: Path, data: bytes) -> _Head:
     head = json_file.decode(data, _Head, path)
     names = head.architectures or []
     if len(names) != 1 or names[0] not in ARCHITECTURES:
         what = ", ".join(names) or "none named"
         raise DataError(f"{path}: architecture {what} is not supported; supported are {', '.join(supported())}")
-    return path, data, head
+    return head
 
 
 def _adapt(path: Path, data: bytes, head: _Head) -> Adapted:

@@ -1,4 +1,4 @@
-"""Checkpoints that other tools quantised: compressed-tensors, GPTQ, AWQ, AutoRound and MLX."""
+"""Checkpoints that other tools quantised: compressed-tensors, GPTQ, AWQ, AutoRound, MLX and GGUF."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from lbq.quantizer.foreign.autoround import parse_autoround
 from lbq.quantizer.foreign.awq import parse_awq
 from lbq.quantizer.foreign.coded import Coded, NoImage
 from lbq.quantizer.foreign.compressed import parse_compressed
+from lbq.quantizer.foreign.gguf import Gguf, open_gguf
 from lbq.quantizer.foreign.gptq import parse_gptq
 from lbq.quantizer.foreign.layout import Layout, Stored
 from lbq.quantizer.foreign.mlx import parse_mlx
@@ -134,25 +135,31 @@ class ForeignCheckpoint:
 
 
 def open_foreign(source: SourceFolder) -> ForeignCheckpoint:
-    """Open a checkpoint, quantised by another tool or not at all; reads its config and headers, and zero points where
-    labels are known to lie.
+    """Open a checkpoint, quantised by another tool or not at all, or a GGUF file; reads its config and headers, and
+    zero points where labels are known to lie.
 
     Raises DataError for a method or a setting that lbq does not read and for headers that do not fit, StorageError for
     files.
     """
+    if source.folder.is_file():
+        return _opened(source, *open_gguf(source.folder))
     adapted, settings = read_quantized(source.folder)
-    checkpoint = open_checkpoint(source.folder)
+    layout = _layout(settings, f"{source.folder / 'config.json'}: quantization_config") if settings else None
+    return _opened(source, adapted.spec, open_checkpoint(source.folder), layout)
+
+
+def _opened(source: SourceFolder, spec: ModelSpec, checkpoint: Checkpoint, layout: Layout | None) -> ForeignCheckpoint:
+    """A checkpoint whose headers fit its spec; it is closed where they do not."""
     try:
-        layout = _layout(settings, f"{source.folder / 'config.json'}: quantization_config") if settings else None
-        layers = _locate(adapted.spec, checkpoint, layout)
+        layers = _locate(spec, checkpoint, layout)
         if layout is not None:
             layout = layout.settle(checkpoint, layers.values())
-        spec, untied = _untie(adapted.spec, checkpoint, layers)
-        _check_rest(spec, adapted.spec.tied, checkpoint, layers)
+        own, notes = _untie(spec, checkpoint, layers)
+        _check_rest(own, spec.tied, checkpoint, layers)
     except BaseException:
         checkpoint.close()
         raise
-    return ForeignCheckpoint(source, checkpoint, spec, layout, layers, (*(layout.notes if layout else ()), *untied))
+    return ForeignCheckpoint(source, checkpoint, own, layout, layers, (*(layout.notes if layout else ()), *notes))
 
 
 def _layout(settings: bytes, where: str) -> Layout:
@@ -174,7 +181,7 @@ def _locate(spec: ModelSpec, checkpoint: Checkpoint, layout: Layout | None) -> d
         for name, shape in shapes.items()
         if f"{name}.{layout.marker}" in checkpoint
     }
-    if not found:
+    if not found and not isinstance(layout, Gguf):  # such a file may be of floats alone
         raise DataError(f"{checkpoint.folder}: quantized by its config, but no layer has a {layout.marker}")
     return found
 

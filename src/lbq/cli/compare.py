@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def compare(models: tuple[str, ...], against: str | None, as_json: bool, **options: Any) -> None:
-    """Put models side by side: artifacts, and checkpoints of GPTQ, AWQ, AutoRound and compressed-tensors.
+    """Put models side by side: artifacts, and what GPTQ, AWQ, AutoRound, compressed-tensors, MLX and GGUF make.
 
     With --against, all read the same text in one pass, layer by layer; the difference of each from the first is taken
     window by window, and so is its error. Without it nothing is run: settings and sizes are shown.

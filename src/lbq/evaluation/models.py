@@ -24,6 +24,7 @@ from lbq.runtime.text.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of a window, unless the models were made for fewer
 SHORTEST = 4
+GGUF = ".gguf"
 
 
 class Model(Weights, Protocol):
@@ -40,7 +41,10 @@ def open_model(model: Path | str, on_note: OnNote = quiet) -> Artifact | Origina
 
 
 def open_stored(model: Path | str, on_note: OnNote = quiet) -> Artifact | ForeignCheckpoint:
-    """As :func:`open_model`, but a checkpoint is opened as another tool left it, quantised or not."""
+    """As :func:`open_model`, but a checkpoint is opened as another tool left it, quantised or not; or a GGUF file."""
+    path = Path(model)
+    if path.suffix == GGUF and path.is_file():
+        return open_foreign(SourceFolder(path, path.name))
     found = _find(model, on_note)
     return open_artifact(found) if isinstance(found, Path) else open_foreign(found)
 

@@ -24,10 +24,10 @@ from lbq.evaluation.windows import BUNDLED_TOKENS, Windows, bundled_text, read_t
 from lbq.formats.comparison import SWEEP_VERSION, Cell, Sweep
 from lbq.formats.disk import readable
 from lbq.formats.errors import UsageError
+from lbq.formats.manifest import MANIFEST
 from lbq.formats.packing import BITS, GROUPS
 from lbq.formats.quality import Scores
 from lbq.hub.client import OnNote, quiet
-from lbq.loading import check_checkpoint
 from lbq.quantizer.convert import Prepared, prepare, replan
 from lbq.quantizer.on_load import QuantizedOnLoad
 from lbq.quantizer.original import Original
@@ -70,7 +70,8 @@ def sweep(
     file = bundled_text() if text is None else read_text(Path(text))
     if text is None and max_tokens is None:
         max_tokens = BUNDLED_TOKENS
-    check_checkpoint(model)
+    if (Path(model) / MANIFEST).is_file():
+        raise UsageError(f"{model}: an artifact, quantized already; sweep the checkpoint it was made from")
     first = prepare(resolve(model, on_note=on_note), requests[0])
     try:
         original = _original(first)
