@@ -15,13 +15,15 @@ def quiet() -> Iterator[None]:
     """Inside, these packages neither log nor warn: they tell of what they chose for themselves, which lbq has chosen,
     and what goes wrong is raised."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
+    before = [(logger.disabled, logger.level) for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)  # also that of the loggers below it
+            logger.disabled = True  # a level would not do: auto-round sets its own when it is imported
+            logger.setLevel(logging.CRITICAL + 1)  # for the loggers below it
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
+            for logger, (disabled, level) in zip(loggers, before, strict=True):
+                logger.disabled = disabled
                 logger.setLevel(level)
