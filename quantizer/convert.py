@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import torch
@@ -29,7 +28,6 @@ from lbq.quantizer import methods, tensors
 from lbq.quantizer.autoround.run import OnProgress as OnTuned
 from lbq.quantizer.autoround.run import Progress as Tuned
 from lbq.quantizer.autoround.run import Sizes, sizes
-from lbq.quantizer.autoround.settings import make_tuning
 from lbq.quantizer.autoround.work import Work
 from lbq.quantizer.calibration import Calibration
 from lbq.quantizer.families import read_spec
@@ -37,9 +35,9 @@ from lbq.quantizer.measure import Meter, Totals
 from lbq.quantizer.methods import Weights
 from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
 from lbq.quantizer.remote import RemoteShard
-from lbq.quantizer.request import SHARD_BYTES, Request, make_request
+from lbq.quantizer.request import Request
 from lbq.quantizer.shards import Shards
-from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, fetch_weights, open_weights, resolve
+from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, fetch_weights, open_weights
 
 SPARE_BYTES = 64 << 20  # small files and headers, on top of the tensors
 
@@ -63,6 +61,16 @@ class Prepared:
     first_notes: tuple[str, ...]  # those of the plan that do not come from the request
     head_differs: bool  # see make_plan
     calibration: Calibration | None  # None: the method reads no text
+
+    @property
+    def folder(self) -> Path:
+        """The source's."""
+        return self.source.folder
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Of the result."""
+        return self.plan.spec
 
     @property
     def source_bytes(self) -> int:
@@ -107,77 +115,6 @@ class Conversion:
     path: Path
     manifest: Manifest
     report: Report
-
-
-def convert(
-    model: str | Path,
-    out: str | Path | None = None,
-    *,
-    bits: int = 4,
-    group: int | Literal["row"] | None = None,
-    lm_head: int | None = None,
-    keep: Sequence[str] = (),
-    overrides: Sequence[str] = (),
-    readers: Sequence[str] = (),
-    max_shard_bytes: int = SHARD_BYTES,
-    revision: str | None = None,
-    device: str = "auto",
-    strict: bool = False,
-    overwrite: bool = False,
-    method: str = "rtn",
-    iters: int | None = None,
-    nsamples: int | None = None,
-    seqlen: int | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
-    calib: str | None = None,
-    restart: bool = False,
-    on_progress: OnProgress | None = None,
-    on_tuned: OnTuned | None = None,
-) -> Conversion:
-    """Quantize ``model``, a folder or a Hub id, into the folder ``out`` (default: ``./NAME-int4-g256``).
-
-    The arguments are those of ``lbq convert``; ``group`` None is one scale a row at 8 bits and 128 below,
-    ``overrides`` are ``PATTERN=BITS``; ``iters`` to ``restart`` are for ``method="autoround"``. What differs from the
-    request is in the result's ``manifest.notes``.
-
-    Raises an LbqError of any kind; nothing stands under ``out`` then.
-    """
-    tuning = make_tuning(
-        method,
-        iters=iters,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        batch_size=batch_size,
-        seed=seed,
-        calib=calib,
-        restart=restart,
-    )
-    request = make_request(
-        bits,
-        group,
-        lm_head=lm_head,
-        keep=keep,
-        overrides=overrides,
-        readers=readers,
-        max_shard_bytes=max_shard_bytes,
-        strict=strict,
-        tuning=tuning,
-    )
-    if out is not None:
-        check_output(model, Path(out), overwrite=overwrite)
-    prepared = prepare(resolve(model, revision, weights=False), request)
-    target = Path(out) if out is not None else Path(prepared.default_name())
-    check_target(target, overwrite=overwrite)
-    return write_artifact(
-        fetched(prepared),
-        target,
-        overwrite=overwrite,
-        device=device,
-        restart=restart,
-        on_progress=on_progress,
-        on_tuned=on_tuned,
-    )
 
 
 def check_output(model: str | Path, out: Path, *, overwrite: bool) -> None:

@@ -242,7 +242,7 @@ def lbq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 @pytest.fixture(scope="session")
 def kept_artifact(checkpoints: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Llama checkpoint at INT4 in groups of 32, in three shards. To be read only: see ``artifact``."""
-    from lbq.quantizer.convert import convert
+    from lbq.conversion import convert
 
     target = tmp_path_factory.mktemp("artifacts") / "llama-int4-g32"
     return convert(checkpoints["llama"], target, group=32, max_shard_bytes=40_000, device="cpu").path

@@ -78,8 +78,8 @@ def test_no_module_imports_across_the_stages(part: str, banned: tuple[str, ...])
 
 def test_names_of_the_package() -> None:
     import lbq
+    from lbq.conversion import convert
     from lbq.loading import load
-    from lbq.quantizer.convert import convert
 
     assert (lbq.convert, lbq.load) == (convert, load)
     with pytest.raises(AttributeError, match="no attribute 'frobnicate'"):

@@ -13,8 +13,8 @@ import torch
 from hub_stub import Hub
 
 import lbq as package
+from lbq.conversion import convert
 from lbq.formats.errors import DataError, UsageError
-from lbq.quantizer.convert import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

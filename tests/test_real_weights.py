@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lbq.conversion import convert
 from lbq.formats.artifact import Artifact, open_artifact
-from lbq.quantizer.convert import convert
 from lbq.runtime.model import Model, load
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lbq.conversion import convert
     from lbq.evaluation import compare, evaluate
     from lbq.evaluation.sweep import sweep
     from lbq.loading import load
-    from lbq.quantizer.convert import convert
 
 __all__ = ["__version__", "compare", "convert", "evaluate", "load", "sweep"]
 
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "compare": "lbq.evaluation",
-    "convert": "lbq.quantizer.convert",
+    "convert": "lbq.conversion",
     "evaluate": "lbq.evaluation",
     "load": "lbq.loading",
     "sweep": "lbq.evaluation.sweep",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lbq.conversion import convert
 from lbq.evaluation import compare, evaluate
 from lbq.evaluation.models import open_model, open_stored, windows_of
 from lbq.evaluation.stream import Side, stream
@@ -19,7 +20,6 @@ from lbq.evaluation.windows import read_text
 from lbq.formats.artifact import open_artifact
 from lbq.formats.comparison import Share
 from lbq.formats.errors import DataError, StorageError, UsageError
-from lbq.quantizer.convert import convert
 from lbq.runtime.devices import find_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lbq.conversion import convert
 from lbq.evaluation import Evaluation, evaluate
 from lbq.formats.artifact import open_artifact
 from lbq.formats.errors import DataError, UsageError
-from lbq.quantizer.convert import convert
 from lbq.quantizer.original import open_original
 from lbq.quantizer.source import resolve
 from lbq.runtime.text.tokenizer import Tokenizer

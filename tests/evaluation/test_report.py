@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lbq.conversion import convert
 from lbq.evaluation import evaluate
 from lbq.evaluation.report import Measurement, ReportRequest
 from lbq.evaluation.windows import BUNDLED_TOKENS, bundled_text
@@ -110,6 +111,34 @@ def test_manifests_from_before(kept_artifact: Path, artifact: Path, reseal: Call
     assert read_report(artifact) == read_report(kept_artifact)
     with open_artifact(artifact) as opened, open_artifact(kept_artifact) as kept:
         assert opened.manifest.summary == kept.manifest.summary
+
+
+def test_in_python(checkpoints: Mapping[str, Path], text: Path, tmp_path: Path, lbq: Lbq) -> None:
+    """The same bytes as the command's, and everybody hears of progress, in order."""
+    told: list[str] = []
+
+    def hear(what: str) -> Callable[..., None]:
+        return lambda *_: None if told and told[-1] == what else told.append(what)
+
+    done = convert(
+        checkpoints["llama"],
+        tmp_path / "python",
+        group=32,
+        device="cpu",
+        report="full",
+        text=text,
+        on_units=hear("units"),
+        on_tuned=hear("tuned"),
+        on_progress=hear("tensors"),
+        on_measured=hear("measured"),
+    )
+    assert told == ["units", "tensors", "measured"]
+    assert done.report.quality is not None
+    assert done.report.quality.frontier
+    command = ("convert", checkpoints["llama"], *SETTINGS[:-1], "full", "--text", text, "--out", tmp_path / "command")
+    assert lbq(*command).code == 0
+    one, other = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("python", "command"))
+    assert one == other
 
 
 # ------------------------------------------------------------------------ what goes wrong

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lbq.conversion import convert
 from lbq.evaluation import evaluate
 from lbq.evaluation.mixed import Freedom, freedom
 from lbq.evaluation.models import windows_of
@@ -15,7 +16,7 @@ from lbq.evaluation.sensitivity import measure
 from lbq.evaluation.windows import Windows, read_text
 from lbq.formats.errors import DataError, UsageError
 from lbq.formats.quality import Estimate, Sensitivity
-from lbq.quantizer.convert import convert, prepare, write_artifact
+from lbq.quantizer.convert import prepare, write_artifact
 from lbq.quantizer.original import open_original
 from lbq.quantizer.request import make_request
 from lbq.quantizer.source import resolve

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lbq.conversion import convert
 from lbq.evaluation.models import windows_of
 from lbq.evaluation.scores import Positions, Scorer
 from lbq.evaluation.stream import Side, stream
@@ -18,7 +19,6 @@ from lbq.evaluation.windows import TextFile, Windows
 from lbq.formats.artifact import Artifact, open_artifact
 from lbq.formats.errors import DataError
 from lbq.formats.packing import PackedWeight
-from lbq.quantizer.convert import convert
 from lbq.quantizer.original import Original, open_original
 from lbq.quantizer.source import resolve
 from lbq.runtime.binding import Weights, bind

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from lbq.conversion import convert
 from lbq.evaluation import compare
 from lbq.evaluation import sweep as module
 from lbq.evaluation.sweep import sweep
 from lbq.formats.errors import DataError, UsageError
-from lbq.quantizer.convert import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hub_stub import TOKEN, Hub
 
+from lbq.conversion import convert
 from lbq.formats.manifest import read_manifest
-from lbq.quantizer.convert import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_waiting")
 

@@ -20,7 +20,7 @@ from types import ModuleType
 
 import torch
 
-from lbq.quantizer.convert import convert
+from lbq.conversion import convert
 from lbq.quantizer.quiet import quiet
 
 

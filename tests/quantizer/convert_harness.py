@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from lbq.quantizer.convert import convert
+from lbq.conversion import convert
 
 
 def load(path: Path) -> ModuleType:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from lbq.conversion import convert
 from lbq.formats.artifact import open_artifact
 from lbq.formats.errors import DataError, UsageError
 from lbq.formats.manifest import AutoRound
@@ -23,7 +24,7 @@ from lbq.quantizer import rtn
 from lbq.quantizer.autoround import tuner
 from lbq.quantizer.autoround.blocks import Blocks
 from lbq.quantizer.autoround.run import Progress
-from lbq.quantizer.convert import Conversion, convert
+from lbq.quantizer.convert import Conversion
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.plan import keep_all
 from lbq.quantizer.quiet import quiet

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from lbq.conversion import convert
 from lbq.formats.errors import BusyError, DataError, LbqError, StorageError, UsageError
 from lbq.formats.staging import StagedFolder
 from lbq.quantizer.autoround.run import Progress
-from lbq.quantizer.convert import Conversion, convert
+from lbq.quantizer.convert import Conversion
 from lbq.quantizer.quiet import quiet
 
 HARNESS = Path(__file__).with_name("autoround_harness.py")

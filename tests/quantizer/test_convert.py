@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lbq.conversion import convert
 from lbq.formats.artifact import open_artifact, verify
 from lbq.formats.disk import hash_file
 from lbq.formats.errors import BusyError, DataError, DeviceError, StorageError, UsageError
@@ -28,7 +29,7 @@ from lbq.formats.safetensors_file import open_checkpoint
 from lbq.formats.scheme import Scheme
 from lbq.formats.staging import StagedFolder
 from lbq.quantizer import tensors
-from lbq.quantizer.convert import convert, prepare, write_artifact
+from lbq.quantizer.convert import prepare, write_artifact
 from lbq.quantizer.request import MixedBits, make_request
 from lbq.quantizer.rtn import quantize
 from lbq.quantizer.source import resolve

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lbq.conversion import convert
 from lbq.formats.artifact import open_artifact
 from lbq.formats.errors import DataError, DeviceError, StorageError, UsageError
-from lbq.quantizer.convert import convert
 from lbq.runtime import load
 from lbq.runtime.binding import Bound, KernelUse
 from lbq.runtime.devices import CpuDevice

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -17,10 +17,8 @@ from lbq.formats.disk import readable
 from lbq.formats.errors import UsageError
 
 if TYPE_CHECKING:  # the quantizer loads when a conversion runs, not for `lbq run`
-    from lbq.evaluation.report import Measurement, ReportRequest
-    from lbq.evaluation.study import Study
-    from lbq.formats.quality import Quality
-    from lbq.quantizer.convert import Conversion, Prepared
+    from lbq.conversion import Job
+    from lbq.quantizer.convert import Conversion
 
 REPORT_HELP = (
     "weights: their errors; kl: also what became of the model's next tokens, measured on a text; "
@@ -50,143 +48,60 @@ SENSITIVITY_HELP = "Do not measure layers again: take them from this artifact's 
 def convert(
     model: str,
     wish: Wish,
-    target_bpw: float | None,
-    sensitivity: Path | None,
-    readers: tuple[str, ...],
     method: Method,
     out: Path | None,
-    report: Literal["weights", "kl", "full"] | None,
-    text: Path | None,
-    report_tokens: int | None,
-    max_shard_bytes: int,
     device: Literal["auto", "cpu", "cuda"],
     dry_run: bool,
-    strict: bool,
     overwrite: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Quantize MODEL, a folder or a Hub id, into an artifact that lbq runs and that transformers loads.
 
     A PATTERN names a layer by whole components of its name, as a shell glob: down_proj, layers.0, layers.[0-3].mlp.
     """
-    from lbq.evaluation.report import ReportRequest
-    from lbq.quantizer.convert import check_output, fetched, prepare, unfinished
-    from lbq.quantizer.source import resolve
+    from lbq.conversion import decide, make_order
+    from lbq.quantizer.convert import unfinished
 
-    report = report or ("weights" if target_bpw is None else "full")
-    tuning = method.tuning(studied=report == "full" and sensitivity is None)
-    _check_target(target_bpw is not None, wish, sensitivity, report, dry_run)
-    measured = ReportRequest(report, text, report_tokens)
-    request = wish.request(
-        readers=readers,
-        max_shard_bytes=max_shard_bytes,
-        strict=strict,
-        tuning=tuning,
+    order = make_order(**wish.scheme(), **asdict(method), **options)
+    if dry_run and order.target_bpw is not None and order.sensitivity is None:
+        raise UsageError("--dry-run reads headers, and --target-bpw measures weights; give --sensitivity ARTIFACT too")
+    job = decide(
+        model,
+        order,
+        out,
+        revision=wish.revision,
+        device=device,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        on_note=note,
     )
-    if out is not None and not dry_run:
-        check_output(model, out, overwrite=overwrite)
-    source = resolve(model, wish.revision, note, weights=False)
-    prepared = prepare(source, request)
-    target = out or Path(prepared.default_name(target_bpw))
-    for line in prepared.plan.notes:
-        note(line)
-    measurement = study = None
-    if not dry_run:
-        check_output(model, target, overwrite=overwrite)
-        prepared = fetched(prepared)
-    if measured.kind != "weights" and (target_bpw is not None or not dry_run):
-        measurement = _measurement(measured, prepared, device)
-        if measured.kind == "full":
-            study = _study(prepared, measurement, target_bpw, sensitivity or method.calib)
-            prepared = study.prepared
+    if order.report.kind == "full" and (order.target_bpw is not None or not dry_run):
+        with steps("Measuring layers") as advance:
+            job = job.studied(advance)
     if dry_run:
         from lbq.planning import forecast
 
-        show(forecast(prepared, target, device), as_json)
+        show(forecast(job.prepared, job.target, device), as_json)
         return
     try:
-        done = _write(prepared, measurement, study, target, overwrite=overwrite, restart=method.restart, device=device)
+        done = _run(job, restart=method.restart)
     except (KeyboardInterrupt, SystemExit):
-        if tuning is not None and unfinished(target):
+        if order.request.tuning is not None and unfinished(job.target):
             click.echo("lbq: finished blocks are kept; the same command goes on with them", err=True)
         raise
     _print_result(done, model, as_json)
 
 
-def _check_target(targeted: bool, wish: Wish, sensitivity: Path | None, report: str, dry_run: bool) -> None:
-    """Raise UsageError for options that do not go together."""
-    if targeted and wish.bits is not None:
-        raise UsageError("--bits and --target-bpw: give one of them")
-    if targeted and report != "full":
-        raise UsageError(f"--report {report}: --target-bpw measures all that a full report has; leave --report out")
-    if sensitivity is not None and report != "full":
-        raise UsageError("--sensitivity is for --target-bpw and --report full")
-    if targeted and dry_run and sensitivity is None:
-        raise UsageError("--dry-run reads headers, and --target-bpw measures weights; give --sensitivity ARTIFACT too")
-
-
-def _measurement(request: ReportRequest, prepared: Prepared, device: Literal["auto", "cpu", "cuda"]) -> Measurement:
-    from lbq.evaluation.report import Measurement
-
-    measurement = Measurement(request, prepared, device)
-    if measurement.device.note:
-        note(measurement.device.note)
-    return measurement
-
-
-def _study(prepared: Prepared, measurement: Measurement, target_bpw: float | None, source: Path | str | None) -> Study:
-    """What units do alone, and the bits chosen from it; ``source`` is an artifact's Path, or a text by its name."""
-    from lbq.evaluation.mixed import freedom
-    from lbq.evaluation.study import UnitMeasurement, saved
-
-    free = freedom(prepared)
-    if target_bpw is not None:
-        free.check(target_bpw)
-    if isinstance(source, Path):
-        study = saved(free, source)
-    else:
-        units = UnitMeasurement(free, measurement.device, source)
-        with steps("Measuring layers") as advance:
-            study = units.measure(advance)
-    return study if target_bpw is None else study.choose(target_bpw)
-
-
-def _write(
-    prepared: Prepared,
-    measurement: Measurement | None,
-    study: Study | None,
-    target: Path,
-    *,
-    overwrite: bool,
-    restart: bool,
-    device: Literal["auto", "cpu", "cuda"],
-) -> Conversion:
-    """Convert, and measure: with one bar after the other."""
-    from lbq.page import render
-    from lbq.quantizer.convert import write_artifact
-
-    with ExitStack() as bars:
-        tuned = bars.enter_context(blocks())
-        bar = bars.enter_context(progress("Converting", len(prepared.plan.steps), prepared.source_bytes))
-
-        def measure(folder: Path) -> Quality:
-            assert measurement is not None
-            bars.close()
-            with steps("Measuring") as advance:
-                quality = measurement.measure(folder, advance)
-            return quality if study is None else study.added_to(quality)
-
-        return write_artifact(
-            prepared,
-            target,
-            overwrite=overwrite,
-            device=device,
-            restart=restart,
-            measure=measure if measurement else None,
-            page=render if measurement else None,
-            on_progress=bar.advance,
-            on_tuned=tuned,
-        )
+def _run(job: Job, *, restart: bool) -> Conversion:
+    """With a bar for each part of the work, one after the other."""
+    prepared = job.prepared
+    with (
+        blocks() as tuned,
+        progress("Converting", len(prepared.plan.steps), prepared.source_bytes) as bar,
+        steps("Measuring") as measured,
+    ):
+        return job.run(restart=restart, on_tuned=tuned, on_progress=bar.advance, on_measured=measured)
 
 
 def _print_result(done: Conversion, model: str, as_json: bool) -> None:

@@ -92,6 +92,8 @@ class Bar:
         self._progress.start()  # with the first bytes: something else may be shown before
         self._seen.add(name)
         self._progress.update(self._task, advance=nbytes, name=name, seen=len(self._seen))
+        if self._progress.finished:
+            self._progress.stop()  # something else may be shown behind
 
 
 @contextmanager
@@ -166,6 +168,14 @@ def steps(what: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
         TextColumn("to go"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
-        task = shown.add_task(what, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = shown.add_task(what, total=None)
+
+    def advance(done: int, total: int) -> None:
+        shown.start()  # with the first step: something else may be shown before
+        shown.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        shown.stop()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from lbq.quantizer.autoround.settings import Tuning
     from lbq.quantizer.request import Request
 
 
@@ -36,15 +35,20 @@ class Wish:
         """Whether anything was asked for that quantizes, where nothing has to be."""
         return self != Wish(None, None, None, (), (), self.revision)
 
+    def scheme(self) -> dict[str, Any]:
+        """What was asked for, by the names that :func:`lbq.convert` has for it."""
+        asked = asdict(self)
+        del asked["revision"]
+        return asked
+
     def request(self, **more: Any) -> Request:
         """What the quantizer takes, 4 bits by default; ``more`` goes to ``make_request``. Raises UsageError."""
         from lbq.quantizer.request import make_request
 
-        wanted = asdict(self)
-        del wanted["revision"]
+        asked = self.scheme()
         if self.bits is None:
-            del wanted["bits"]
-        return make_request(**wanted, **more)
+            del asked["bits"]
+        return make_request(**asked, **more)
 
 
 @dataclass(frozen=True)
@@ -59,18 +63,6 @@ class Method:
     calib: str | None
     seed: int | None
     restart: bool
-
-    def tuning(self, *, studied: bool = False) -> Tuning | None:
-        """What the quantizer takes; ``studied``: layers are measured on the calibration text, whatever the method.
-
-        Raises UsageError.
-        """
-        from lbq.quantizer.autoround.settings import make_tuning
-
-        given = asdict(self)
-        if studied and (self.method == "rtn" or self.iters == 0):
-            given["calib"] = None
-        return make_tuning(**given)
 
 
 def quantization_options(*, at_load: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:

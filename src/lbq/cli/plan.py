@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +45,12 @@ def plan(
 ) -> None:
     """Say what quantizing MODEL, a folder or a Hub id, would give and take, from its headers alone: size, memory, disk,
     time, and the kernel that each layer gets here, in vLLM and in SGLang."""
+    from lbq.conversion import decide, make_order
     from lbq.planning import forecast
-    from lbq.quantizer.convert import prepare
-    from lbq.quantizer.source import resolve
 
-    request = wish.request(readers=readers, strict=strict, tuning=method.tuning())
-    prepared = prepare(resolve(model, wish.revision, note, weights=False), request)
-    for text in prepared.plan.notes:
-        note(text)
-    show(forecast(prepared, out or Path(prepared.default_name()), device, context), as_json)
+    order = make_order(**wish.scheme(), **asdict(method), readers=readers, strict=strict)
+    job = decide(model, order, out, revision=wish.revision, dry_run=True, on_note=note)
+    show(forecast(job.prepared, job.target, device, context), as_json)
 
 
 def show(found: Forecast, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from lbq.formats.disk import readable
 from lbq.formats.errors import UsageError
 from lbq.formats.manifest import MANIFEST
 from lbq.formats.quality import Text
+from lbq.formats.spec import ModelSpec
 from lbq.hub.artifacts import fetch_artifact
 from lbq.hub.client import OnNote, quiet
 from lbq.hub.names import HubId, find_model
@@ -19,7 +20,6 @@ from lbq.hub.snapshot import open_snapshot
 from lbq.quantizer.foreign import ForeignCheckpoint, open_foreign
 from lbq.quantizer.original import Original, open_original
 from lbq.quantizer.source import SourceFolder, fetch_source, resolve
-from lbq.runtime.binding import Weights
 from lbq.runtime.text.tokenizer import Tokenizer
 
 CONTEXT = 512  # tokens of a window, unless the models were made for fewer
@@ -27,11 +27,16 @@ SHORTEST = 4
 GGUF = ".gguf"
 
 
-class Model(Weights, Protocol):
-    """Weights with a tokenizer: an artifact, an original, what is quantised on load."""
+class Reader(Protocol):
+    """What reads a text: an artifact, an original, a conversion that has been prepared."""
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path:
+        """Where its tokenizer is."""
+        ...
+
+    @property
+    def spec(self) -> ModelSpec: ...
 
 
 def open_model(model: Path | str, on_note: OnNote = quiet) -> Artifact | Original:
@@ -60,7 +65,7 @@ def _find(model: Path | str, on_note: OnNote) -> Path | SourceFolder:
     return found if (found / MANIFEST).is_file() else resolve(found)
 
 
-def windows_of(file: TextFile, models: Sequence[Model], context: int | None, max_tokens: int | None) -> Windows:
+def windows_of(file: TextFile, models: Sequence[Reader], context: int | None, max_tokens: int | None) -> Windows:
     """Cut a text for models that read it together, in windows of ``context`` tokens (None: CONTEXT, or what they take).
 
     Raises UsageError for a context that they do not take, and what :func:`lbq.evaluation.windows.cut` raises.
@@ -81,7 +86,7 @@ def text_of(file: TextFile, windows: Windows, path: Path | str | None = None) ->
     return Text(name, file.sha256, len(windows.ids), windows.context, len(windows), windows.positions)
 
 
-def _tokenizer(model: Model) -> Tokenizer:
+def _tokenizer(model: Reader) -> Tokenizer:
     tokenizer = Tokenizer.load(model.folder)
     tokenizer.check_vocabulary(model.spec.vocab_size)
     return tokenizer

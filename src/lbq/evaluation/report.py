@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -52,13 +52,12 @@ class Measurement:
         self, request: ReportRequest, prepared: Prepared, device: Literal["auto", "cpu", "cuda"] = "auto"
     ) -> None:
         """Raises what reading a text and finding a device raise, and DataError for a source without a tokenizer."""
-        self._source = prepared.source
+        self._source = replace(prepared.source, remote=None)  # when it is read, all of it is here
         self.device = find_device(device, exact=True)  # its note is the caller's to say
         if prepared.request.strict and self.device.note is not None:
             raise DeviceError(f"{self.device.note}; refused under --strict")
         self._file = bundled_text() if request.text is None else read_text(request.text)
-        with open_original(self._source) as original:
-            self._windows = windows_of(self._file, (original,), None, request.tokens or BUNDLED_TOKENS)
+        self._windows = windows_of(self._file, (prepared,), None, request.tokens or BUNDLED_TOKENS)
 
     def measure(self, folder: Path, on_progress: OnProgress | None = None) -> Quality:
         """The artifact in ``folder`` against its source. Raises DataError for broken weights, DeviceError."""
