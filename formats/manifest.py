@@ -65,7 +65,7 @@ class Method(Part, frozen=True, tag_field="name", tag="rtn"):
 
     @property
     def name(self) -> str:
-        """``rtn`` or ``autoround``, the tag in the file."""
+        """``rtn``, ``autoround`` or ``import``, the tag in the file."""
         return str(self.__struct_config__.tag)
 
 
@@ -88,6 +88,14 @@ class AutoRound(Method, frozen=True, kw_only=True, tag="autoround"):
     device: Literal["cpu", "cuda"]
     products: Literal["bfloat16", "float32"] = "float32"  # dtype of matrix products while tuning
     calibration: Calibration | None
+
+
+class Import(Method, frozen=True, kw_only=True, tag="import"):
+    """Codes of another tool. ``bits``, ``group`` and ``lm_head`` (16: BF16) are those of most layers and of the head;
+    ``scale_rules`` are of what was rounded to nearest."""
+
+    origin: Name  # the tool that the tensors are laid out after, and the layout's name where it has one
+    requantized: int = 0  # layers that are not weight by weight the source's
 
 
 class License(Part, frozen=True):
@@ -126,7 +134,7 @@ class Manifest(Part, frozen=True):
     spec: ModelSpec
     quantized: dict[Name, QuantizedModule]
     dense: dict[Name, DenseTensor]
-    method: Method | AutoRound
+    method: Method | AutoRound | Import
     source: Source
     tools: dict[str, str]
     summary: Summary

@@ -115,6 +115,14 @@ class PackedWeight:
         codes = self.signed_codes().to(dtype).view(self.n, -1, self.group)
         return (codes * self.scales.to(dtype).unsqueeze(2)).view(self.n, self.k)
 
+    def regrouped(self, group: int) -> PackedWeight:
+        """The same weights with a scale for every ``group`` inputs, which divides this one's group: scales repeated."""
+        assert self.group % group == 0
+        if group == self.group:
+            return self
+        scales = self.scales.repeat_interleave(self.group // group, dim=1)
+        return PackedWeight(self.words, scales, self.bits, group, self.k)
+
     def rows(self, start: int, stop: int) -> PackedWeight:
         """Rows [start, stop), sharing memory."""
         return PackedWeight(self.words[start:stop], self.scales[start:stop], self.bits, self.group, self.k)

@@ -32,7 +32,7 @@ from lbq.quantizer.autoround.work import Work
 from lbq.quantizer.calibration import Calibration
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.measure import Meter, Totals
-from lbq.quantizer.methods import Weights
+from lbq.quantizer.methods import Given, Weights
 from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
 from lbq.quantizer.remote import RemoteShard
 from lbq.quantizer.request import Request
@@ -61,6 +61,7 @@ class Prepared:
     first_notes: tuple[str, ...]  # those of the plan that do not come from the request
     head_differs: bool  # see make_plan
     calibration: Calibration | None  # None: the method reads no text
+    given: Given | None = None  # codes that are there already
 
     @property
     def folder(self) -> Path:
@@ -199,6 +200,8 @@ def write_artifact(
     with StagedFolder(out, overwrite=overwrite, source=source.folder) as stage, Hasher(sources) as hasher:
         try:
             weights: Weights = methods.Rounded(prepared.checkpoint, on_device)
+            if prepared.given is not None:
+                weights = prepared.given.weights
             if prepared.request.tuning is not None:
                 weights = methods.tuned(
                     prepared.request,
@@ -223,7 +226,9 @@ def write_artifact(
             spec=plan.spec,
             quantized=plan.quantized,
             dense=plan.dense,
-            method=methods.described(prepared.request, prepared.calibration, on_device),
+            method=prepared.given.method
+            if prepared.given
+            else methods.described(prepared.request, prepared.calibration, on_device),
             source=manifests.Source(source.name, source.revision, hasher.result(), source.license()),
             tools=methods.tools(prepared.request),
             summary=totals.summary(plan.bits_per_weight),
@@ -308,7 +313,7 @@ def _write_shards(
     with Shards(stage, plan.outputs(), prepared.request.max_shard_bytes) as shards:
         for step in plan.steps:
             if isinstance(step, Keep):
-                shards.write(step.name, tensors.dense(checkpoint, step))
+                shards.write(step.name, weights.dense(step))
                 on_progress(step.name, checkpoint.info(step.source).nbytes)
             else:
                 meter = Meter()
@@ -325,11 +330,11 @@ def _quantized(
     prepared: Prepared, step: Quantize, weights: Weights, meter: Meter, on_progress: OnProgress
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Words, scales and shape of one linear layer; the meter sees every block of rows."""
-    item_bytes = prepared.checkpoint.info(step.source).dtype.itemsize
+    row_bytes = prepared.checkpoint.info(step.source).nbytes // step.entry.n
 
     def measure(block: torch.Tensor, packed: PackedWeight) -> None:
         meter.add(block, packed.dequantize())
-        on_progress(step.module, block.numel() * item_bytes)
+        on_progress(step.module, packed.n * row_bytes)
 
     packed = weights.packed(step, measure)
     return packed.words, packed.scales, torch.tensor([step.entry.n, step.entry.k], dtype=torch.int64)

@@ -38,9 +38,11 @@ class Meter:
 
     @property
     def cosine(self) -> float:
-        """⟨W, Ŵ⟩ / (‖W‖ ‖Ŵ‖) by 2⟨W, Ŵ⟩ = ‖W‖² + ‖Ŵ‖² − ‖W − Ŵ‖²; 1 where both are zero."""
+        """⟨W, Ŵ⟩ / (‖W‖ ‖Ŵ‖) by 2⟨W, Ŵ⟩ = ‖W‖² + ‖Ŵ‖² − ‖W − Ŵ‖²; 1 where they are equal."""
+        if not self.error:
+            return 1.0
         norms = math.sqrt(self.source) * math.sqrt(self.result)
-        return (self.source + self.result - self.error) / (2 * norms) if norms else float(self.source == self.result)
+        return (self.source + self.result - self.error) / (2 * norms) if norms else 0.0
 
     @property
     def relative_error(self) -> float:

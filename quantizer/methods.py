@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,7 +22,7 @@ from lbq.quantizer.autoround.run import OnProgress, Tuner
 from lbq.quantizer.autoround.tuner import products_dtype
 from lbq.quantizer.autoround.work import Work
 from lbq.quantizer.calibration import Calibration, calibrate
-from lbq.quantizer.plan import Plan, Quantize
+from lbq.quantizer.plan import Keep, Plan, Quantize
 from lbq.quantizer.request import Request
 from lbq.quantizer.rtn import DEFAULT_RULES
 from lbq.quantizer.tensors import OnBlock
@@ -36,9 +37,21 @@ class Weights(Protocol):
         """Codes and scales of a layer; ``on_block`` sees its rows and what they became."""
         ...
 
+    def dense(self, step: Keep) -> torch.Tensor:
+        """A tensor that stays BF16. Raises DataError for NaN and infinity."""
+        ...
+
     def finish(self) -> None:
         """The artifact stands."""
         ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """Codes that are there already, and what the manifest says of their making."""
+
+    weights: Weights
+    method: manifests.Method | manifests.Import
 
 
 class Rounded:
@@ -49,6 +62,9 @@ class Rounded:
 
     def packed(self, step: Quantize, on_block: OnBlock) -> PackedWeight:
         return tensors.quantized(self._checkpoint, step, self._device, on_block)
+
+    def dense(self, step: Keep) -> torch.Tensor:
+        return tensors.dense(self._checkpoint, step)
 
     def finish(self) -> None:
         """There is nothing to tidy."""
@@ -71,6 +87,9 @@ class Tuned:
             part = packed.rows(start, min(start + rows, packed.n))
             on_block(source[start : start + rows].float(), part)
         return packed
+
+    def dense(self, step: Keep) -> torch.Tensor:
+        return self._rounded.dense(step)
 
     def finish(self) -> None:
         """Remove the work folder."""

@@ -179,8 +179,8 @@ def _decide(
     fallbacks = Counter(_fallback(p, schemes[p.name]) for p in spec.projections())
     notes.extend(f"{what} ({_layers(count)})" for what, count in fallbacks.items() if what)
     steps.extend(_keep(checkpoint, f"{name}.weight", (width,)) for name, width in spec.norms())
-    notes.extend(_casts(checkpoint, steps))
-    return Plan(spec, tuple(sorted(steps, key=_layer_order)), tuple(notes))
+    notes.extend(casts(checkpoint, steps))
+    return Plan(spec, tuple(sorted(steps, key=layer_order)), tuple(notes))
 
 
 def _schemes(spec: ModelSpec, request: Request, notes: list[str]) -> dict[str, Scheme | None]:
@@ -303,14 +303,14 @@ def check_names(checkpoint: Checkpoint, needed: Set[str], spare: Set[str] = froz
         raise DataError(f"{checkpoint.folder}: tensors that this architecture does not have: {listed(sorted(unknown))}")
 
 
-def _casts(checkpoint: Checkpoint, steps: list[Quantize | Keep]) -> list[str]:
+def casts(checkpoint: Checkpoint, steps: list[Quantize | Keep]) -> list[str]:
     """Notes on tensors that are rounded to BF16."""
     dtypes = {str(checkpoint.info(step.source).dtype) for step in steps if isinstance(step, Keep)} - {str(DENSE_DTYPE)}
     rounded = "tensors that stay are rounded from {} to bfloat16"
     return [rounded.format(dtype.removeprefix("torch.")) for dtype in sorted(dtypes)]
 
 
-def _layer_order(step: Quantize | Keep) -> tuple[str, ...]:
+def layer_order(step: Quantize | Keep) -> tuple[str, ...]:
     """By name, numbers by value: stable, and a layer's tensors lie together."""
     name = step.module if isinstance(step, Quantize) else step.name
     return tuple(part.zfill(6) if part.isdecimal() else part for part in name.split("."))

@@ -55,11 +55,11 @@ def quantized(
     for start in range(0, entry.n, rows):
         block = source[start : start + rows].to(device).float()
         try:
-            packed = quantize(block, entry.bits, step.group, DEFAULT_RULES[entry.bits])
+            packed = quantize(block, entry.bits, step.group, DEFAULT_RULES[entry.bits]).regrouped(entry.group)
         except UnquantizableWeightError as error:
             raise _bad_weight(checkpoint, step.source, start * entry.k + error.index, error.value) from None
         words[start : start + rows] = packed.words
-        scales[start : start + rows] = packed.scales.repeat_interleave(step.group // entry.group, dim=1)
+        scales[start : start + rows] = packed.scales
         if on_block is not None:
             on_block(block, packed)
     return PackedWeight(words, scales, entry.bits, entry.group, entry.k)

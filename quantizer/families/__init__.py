@@ -7,11 +7,24 @@ from pathlib import Path
 import msgspec
 
 from lbq.formats import json_file
+from lbq.formats.disk import shown
 from lbq.formats.errors import DataError
+from lbq.formats.manifest import MANIFEST
 from lbq.formats.spec import ModelSpec
 from lbq.quantizer.families.llama import ARCHITECTURES, Adapted, adapt
 
 __all__ = ["Adapted", "read_quantized", "read_spec", "spec_of", "supported"]
+
+
+# Methods whose checkpoints can be imported (lbq.quantizer.foreign); MLX names none.
+FOREIGN = {
+    "compressed-tensors": "compressed-tensors",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "auto-round": "AutoRound",
+    "intel/auto-round": "AutoRound",  # before 0.4
+    None: "MLX",
+}
 
 
 class _Head(msgspec.Struct):
@@ -36,8 +49,7 @@ def read_spec(folder: Path) -> Adapted:
     """
     path, data, head = _read(folder)
     if head.quantization_config:
-        method = head.quantization_config.get("quant_method", "unknown")
-        raise DataError(f"{path}: the checkpoint is already quantized ({method}); convert the original BF16 weights")
+        raise DataError(f"{path}: {_quantized_already(folder, head.quantization_config)}")
     return _adapt(path, data, head)
 
 
@@ -52,6 +64,18 @@ def read_quantized(folder: Path) -> tuple[Adapted, bytes | None]:
 def spec_of(data: bytes, path: Path) -> ModelSpec:
     """The spec that the JSON of a ``config.json`` describes, which ``path`` is said to hold. Raises DataError."""
     return _adapt(path, data, _head(path, data)).spec
+
+
+def _quantized_already(folder: Path, settings: dict[str, object]) -> str:
+    """What there is to say to somebody who wants to convert such a checkpoint."""
+    original = "convert the original BF16 weights"
+    if (folder / MANIFEST).is_file():
+        return f"an lbq artifact, quantized already; {original}"
+    method = settings.get("quant_method")
+    name = FOREIGN.get(method) if method is None or isinstance(method, str) else None
+    if name is None:
+        return f"the checkpoint is already quantized ({shown(str(method))}); {original}"
+    return f"the checkpoint is already quantized ({name}): lbq import makes an artifact of it; or {original}"
 
 
 def _read(folder: Path) -> tuple[Path, bytes, _Head]:

@@ -39,7 +39,7 @@ PARSERS: dict[str, Parser] = {
     "gptq": parse_gptq,
     "awq": parse_awq,
     "auto-round": parse_autoround,
-    "intel/auto-round": parse_autoround,  # before 0.4
+    "intel/auto-round": parse_autoround,
 }
 READABLE = "compressed-tensors, GPTQ, AWQ, AutoRound and MLX"
 
@@ -64,7 +64,7 @@ class ForeignCheckpoint:
         self.spec = spec
         self.notes = notes
         self.layers = layers  # quantised ones, by module; MLX has the embedding among them
-        self._checkpoint, self._layout = checkpoint, layout
+        self.checkpoint, self._layout = checkpoint, layout
 
     @property
     def tool(self) -> str | None:
@@ -74,7 +74,7 @@ class ForeignCheckpoint:
     def coded(self, module: str) -> Coded:
         """A quantised layer as it is stored. KeyError for any other; DataError for values without a meaning."""
         assert self._layout is not None
-        return self._layout.read(self._checkpoint, self.layers[module])
+        return self._layout.read(self.checkpoint, self.layers[module])
 
     def image(self, module: str) -> PackedWeight | NoImage:
         """A quantised layer in lbq's format, weight by weight the same, or why there is no such image."""
@@ -83,13 +83,13 @@ class ForeignCheckpoint:
     def nbytes(self, module: str) -> int:
         """Bytes of a linear layer's weight: codes, scales, zero points and indices, or floats; a tied head's are the
         embedding's."""
-        names = [name for name in self._tensors(module) if not name.endswith(".weight_shape")]
-        return sum(self._checkpoint.info(name).nbytes for name in names)
+        names = [name for name in self.tensors(module) if not name.endswith(".weight_shape")]
+        return sum(self.checkpoint.info(name).nbytes for name in names)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(self._checkpoint.info(name).nbytes for name in self._checkpoint.names())
+        return sum(self.checkpoint.info(name).nbytes for name in self.checkpoint.names())
 
     def is_quantized(self, module: str) -> bool:
         """False: a runtime gets what the codes stand for."""
@@ -105,7 +105,7 @@ class ForeignCheckpoint:
         module = name.removesuffix(".weight")
         if module in self.layers and name != module:
             return self.coded(module).dequantize()
-        tensor = self._checkpoint.tensor(name)
+        tensor = self.checkpoint.tensor(name)
         return tensor if tensor.dtype == DENSE_DTYPE else tensor.to(torch.float32)
 
     def release(self, module: str) -> None:
@@ -115,12 +115,12 @@ class ForeignCheckpoint:
     def release_dense(self, name: str) -> None:
         """Drop the resident pages that a tensor was made from."""
         module = name.removesuffix(".weight")
-        for tensor in self._tensors(module) if name != module else (name,):
-            self._checkpoint.release(tensor)
+        for tensor in self.tensors(module) if name != module else (name,):
+            self.checkpoint.release(tensor)
 
     def close(self) -> None:
         """Unmap what nobody uses any more."""
-        self._checkpoint.close()
+        self.checkpoint.close()
 
     def __enter__(self) -> ForeignCheckpoint:
         return self
@@ -128,7 +128,8 @@ class ForeignCheckpoint:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _tensors(self, module: str) -> tuple[str, ...]:
+    def tensors(self, module: str) -> tuple[str, ...]:
+        """The tensors that a linear layer's weight, or the embedding, is stored as; a tied head's is the embedding."""
         if self.spec.tied and module == self.spec.head.name:
             module = self.spec.embedding
         return self.layers[module].tensors if module in self.layers else (f"{module}.weight",)

@@ -8,6 +8,7 @@ import torch
 
 from lbq.formats.packing import BITS, GROUPS, SCALE_DTYPE, PackedWeight, pack, unpack
 
+ASYMMETRIC = "asymmetric: zero points differ from the middle"
 BLOCK = 1 << 21  # weights dequantised at a time: bounds the float32 temporaries
 
 
@@ -43,6 +44,13 @@ class Coded:
         assert self.biases is None or (self.zeros is None and self.biases.shape == self.scales.shape)
         assert self.columns is None or self.columns.shape == (k,)
 
+    def rows(self, start: int, stop: int) -> Coded:
+        """Rows [start, stop), sharing memory."""
+        part = slice(start, stop)
+        zeros = None if self.zeros is None else self.zeros[part]
+        biases = None if self.biases is None else self.biases[part]
+        return Coded(self.codes[part], self.scales[part], zeros, self.bits, self.group, self.columns, biases)
+
     def dequantize(self) -> torch.Tensor:
         """The matrix, float32 [N, K]: exact for scales of up to 16 bits, but for the rounding of a sum with biases."""
         n, k = self.codes.shape
@@ -60,25 +68,53 @@ class Coded:
                 out[part] = values.mul_(scales)
         return out
 
-    def image(self) -> PackedWeight | NoImage:
-        """The same matrix, weight by weight, in lbq's format; or why there is none."""
+    def image(
+        self, bits: int | None = None, group: int | None = None, *, round_scales: bool = False
+    ) -> PackedWeight | NoImage:
+        """The same matrix, weight by weight, in lbq's format; or why there is none.
+
+        ``bits`` may be more than there are: codes of 4 bits with zero points are codes of 8 without. ``group``, by
+        default the largest that there is, may be smaller: scales are repeated. With ``round_scales`` the image has
+        the same codes and the nearest BF16 scales, off by at most 2⁻⁹ of each.
+        """
+        bits = self.bits if bits is None else bits
         k = self.codes.shape[1]
-        scales = self.scales.to(SCALE_DTYPE)
-        middle = 1 << (self.bits - 1)
-        if self.bits not in BITS:
-            return NoImage(f"{self.bits} bits")
-        if self.biases is not None or (self.zeros is not None and not bool((self.zeros == middle).all())):
-            return NoImage("asymmetric: zero points differ from the middle")
-        if self.columns is not None and not torch.equal(self.columns, torch.arange(k) // self.group):
-            return NoImage("act-order: groups are not of neighbours")
-        if k % self.group or (self.group != k and self.group not in GROUPS):
+        group = stored_group(self.group, k) if group is None else group
+        if bits not in BITS:
+            return NoImage(f"{bits} bits")
+        codes = self._centred(1 << (bits - 1))
+        if codes is None or bool((codes < 0).any()) or bool((codes > (1 << bits) - 1).any()):
+            asymmetric = self.zeros is not None or self.biases is not None
+            return NoImage(ASYMMETRIC if asymmetric else f"{self.bits} bits")
+        if group is None:
             return NoImage(f"groups of {self.group} in {k} inputs")
-        if not torch.equal(scales.double(), self.scales.double()):
+        of_group = self._columns().view(-1, group)
+        if not bool((of_group == of_group[:, :1]).all()):
+            return NoImage("act-order: groups are not of neighbours")
+        wanted = self.scales[:, of_group[:, 0]]
+        scales = wanted.to(SCALE_DTYPE)
+        if not round_scales and not torch.equal(scales.double(), wanted.double()):
             return NoImage(f"{_name(self.scales.dtype)} scales that BF16 does not hold")
-        return PackedWeight(pack(self.codes, self.bits), scales.contiguous(), self.bits, self.group, k)
+        return PackedWeight(pack(codes.to(torch.uint8), bits), scales.contiguous(), bits, group, k)
+
+    def _centred(self, middle: int) -> torch.Tensor | None:
+        """Codes that stand for zero at ``middle``, [N, K]; None for biases, which no code stands for."""
+        own = 1 << (self.bits - 1)
+        if self.biases is not None:
+            return None
+        if self.zeros is None or bool((self.zeros == own).all()):
+            return self.codes if middle == own else self.codes.to(torch.int16) + (middle - own)
+        return self.codes.to(torch.int16) - self.zeros[:, self._columns()] + middle
 
     def _columns(self) -> torch.Tensor:
         return torch.arange(self.codes.shape[1]) // self.group if self.columns is None else self.columns
+
+
+def stored_group(group: int, k: int) -> int | None:
+    """The largest group of lbq's that ``k`` inputs in groups of ``group``, the last perhaps shorter, divide into."""
+    if group == k:
+        return k
+    return max((g for g in GROUPS if group % g == 0 and k % g == 0), default=None)
 
 
 def unpack_stream(words: torch.Tensor, bits: int, k: int) -> torch.Tensor:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from lbq.evaluation import compare, evaluate
     from lbq.evaluation.sweep import sweep
     from lbq.loading import load
+    from lbq.quantizer.foreign.importing import import_checkpoint
 
-__all__ = ["__version__", "compare", "convert", "evaluate", "load", "sweep"]
+__all__ = ["__version__", "compare", "convert", "evaluate", "import_checkpoint", "load", "sweep"]
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "compare": "lbq.evaluation",
     "convert": "lbq.conversion",
     "evaluate": "lbq.evaluation",
+    "import_checkpoint": "lbq.quantizer.foreign.importing",
     "load": "lbq.loading",
     "sweep": "lbq.evaluation.sweep",
 }

@@ -18,6 +18,7 @@ from lbq.cli.convert import convert
 from lbq.cli.display import plain
 from lbq.cli.evaluate import evaluate
 from lbq.cli.hub import card, pull, push
+from lbq.cli.importing import import_
 from lbq.cli.inspect import inspect
 from lbq.cli.plan import plan
 from lbq.cli.report import report
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for command in (plan, convert, inspect, verify, report, evaluate, compare, sweep, run, pull, push, card):
+for command in (plan, convert, import_, inspect, verify, report, evaluate, compare, sweep, run, pull, push, card):
     cli.add_command(command)
 
 

@@ -52,7 +52,7 @@ def _checked_manifest(folder: Path) -> Manifest:
 
 
 def _print_head(artifact: str, manifest: Manifest) -> None:
-    from lbq.formats.manifest import AutoRound
+    from lbq.formats.manifest import AutoRound, Import
 
     spec, method, source, summary = manifest.spec, manifest.method, manifest.source, manifest.summary
     revision = f" at {source.revision}" if source.revision else ""
@@ -67,7 +67,8 @@ def _print_head(artifact: str, manifest: Manifest) -> None:
     click.echo(f"source   {plain(source.name + revision)}")
     bits = f"INT{method.bits}" if method.bits else f"at most {method.target_bpw:g} bits a weight"
     head = f", head {method.lm_head} bits" if method.lm_head else ""
-    click.echo(f"method   {method.name}, {bits}, group {group}{head}, by {tools}")
+    name = f"import of {plain(method.origin)}" if isinstance(method, Import) else method.name
+    click.echo(f"method   {name}, {bits}, group {group}{head}, by {tools}")
     if isinstance(method, AutoRound):
         click.echo(f"tuned    {method.iterations} iterations a block{_text(method.calibration)}")
     click.echo(

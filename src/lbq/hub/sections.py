@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 
-from lbq.formats.manifest import Manifest, Method
+from lbq.formats.manifest import Import, Manifest, Method
 from lbq.formats.quality import Divergence, Estimate, Quality
 from lbq.formats.readers import VERSIONS, Fit, vllm_fit
 from lbq.formats.report import Report
@@ -61,8 +61,7 @@ def _facts(manifest: Manifest, template: str | None) -> Iterator[tuple[str, str]
     yield "linear layers", _schemes(manifest)
     nbytes = sum(entry.size for entry in files.values())
     yield "size", f"{size(nbytes)}, {manifest.summary.bits_per_weight:.2f} bits a quantized weight"
-    method = manifest.method.name
-    yield "method", f"{_METHODS.get(method, as_text(method))}, {as_code(_settings(manifest.method))}"
+    yield "method", _method(manifest.method)
     tools = ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())
     yield "made by", as_text(tools)
     yield "stored as", "compressed-tensors `pack-quantized`; `lbq.json` has sizes and hashes, for `lbq verify`"
@@ -81,6 +80,14 @@ def _schemes(manifest: Manifest) -> str:
 
 def _scheme(scheme: Scheme) -> str:
     return f"INT{scheme.bits} " + ("with a scale a row" if scheme.group is None else f"in groups of {scheme.group}")
+
+
+def _method(method: Method) -> str:
+    if isinstance(method, Import):
+        return f"codes and scales of {as_text(method.origin)}" + (
+            f", {method.requantized} layers requantized" if method.requantized else ""
+        )
+    return f"{_METHODS.get(method.name, as_text(method.name))}, {as_code(_settings(method))}"
 
 
 def _settings(method: Method) -> str:

@@ -19,7 +19,7 @@ from lbq.page.numbers import cosine, number, percent, perplexity, with_error
 from lbq.page.parts import Empty, Parts, Unit, parts_of
 
 _WORST = 10
-_METHODS = {"rtn": "Round to nearest", "autoround": "AutoRound"}
+_METHODS = {"rtn": "Round to nearest", "autoround": "AutoRound", "import": "Imported"}
 _LABELS = {"name": "method", "keep": "stays BF16", "set": "other bits", "lm_head": "bits of the head", "readers": "for"}
 
 Files = tuple[tuple[str, FileEntry], ...]
