@@ -25,6 +25,7 @@ class Cell:
     sglang: str
 
 
+FAST_GROUP: Final = 128  # the largest that their fast kernels take
 FAILS: Final = "loads, fails at the first product"
 MATRIX: Final = (
     Cell((8, 4), (None,), "Machete, Marlin", "Marlin"),
@@ -44,6 +45,11 @@ class Fit:
     runs: bool
     fast: bool
     text: str
+
+
+def fast_group(group: int | None) -> int | None:
+    """The group to store codes of ``group`` in for both tools' fast kernels, scales repeated; None: one scale a row."""
+    return None if group is None else min(group, FAST_GROUP)
 
 
 def cell(bits: int, group: int | None) -> Cell:

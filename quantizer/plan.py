@@ -17,11 +17,12 @@ from lbq.formats.artifact import DENSE_DTYPE, packed_tensors
 from lbq.formats.disk import listed
 from lbq.formats.errors import DataError, UsageError
 from lbq.formats.manifest import DenseTensor, QuantizedModule
+from lbq.formats.readers import fast_group
 from lbq.formats.safetensors_file import Checkpoint
 from lbq.formats.safetensors_writer import TensorPlan
 from lbq.formats.scheme import Scheme, effective_group
 from lbq.formats.spec import ModelSpec, Projection
-from lbq.quantizer.request import DEFAULT_GROUP, READERS_GROUP, Request, matches, mixed_scheme
+from lbq.quantizer.request import DEFAULT_GROUP, Request, matches, mixed_scheme
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIFFERS = "the config ties the head to the embedding, the checkpoint saves another: the saved one is used"
@@ -246,7 +247,7 @@ def _quantize(
     n, k = projection.out_features, projection.in_features
     check_source(checkpoint, source, (n, k))
     group = effective_group(k, scheme.group)
-    stored = min(group, READERS_GROUP) if group and readers else group
+    stored = fast_group(group) if readers else group
     return Quantize(projection.name, source, group or k, QuantizedModule(n, k, scheme.bits, stored or k))
 
 

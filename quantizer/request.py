@@ -13,7 +13,6 @@ from lbq.formats.scheme import Scheme
 from lbq.quantizer.autoround.settings import Tuning
 
 READERS = ("vllm", "sglang")
-READERS_GROUP = 128  # the largest group that their fast kernels take
 DEFAULT_GROUP = 128
 SHARD_BYTES = 5_000_000_000
 OVERRIDE = re.compile(r"(.+)=([0-9]{1,3})(?::([0-9]{1,6}|row))?")

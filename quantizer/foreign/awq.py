@@ -55,7 +55,7 @@ class Awq:
         if n % WORD:
             raise DataError(f"{checkpoint.folder}: {module}: {n} outputs do not divide into words of {WORD}")
         groups, _ = matrix_shape(checkpoint, f"{module}.scales")
-        setting = choose(checkpoint, module, self.settings, lambda s: s.groups_in(k) == groups)
+        setting = choose(checkpoint, module, k, self.settings, lambda s: s.groups_in(k) == groups)
         tensors = (
             expect(checkpoint, f"{module}.qweight", (torch.int32,), (k, n // WORD)),
             expect(checkpoint, f"{module}.qzeros", (torch.int32,), (groups, n // WORD)),

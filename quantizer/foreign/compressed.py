@@ -95,7 +95,7 @@ class Compressed:
             widths = (packed_words(k, setting.bits), *((-(-k // OLD_WORD),) if setting.bits == 3 else ()))
             return words in widths and setting.groups_in(k) == groups and setting.symmetric == symmetric
 
-        setting = choose(checkpoint, module, self.settings, fits)
+        setting = choose(checkpoint, module, k, self.settings, fits)
         if setting.bits == 3 and packed_words(k, 3) == -(-k // OLD_WORD) and k > OLD_WORD:
             raise DataError(f"{checkpoint.folder}: {module}: {k} 3-bit codes fill as many words in either packing")
         tensors: tuple[str, ...] = (

@@ -95,6 +95,7 @@ class Gptq:
         setting = choose(
             checkpoint,
             module,
+            k,
             self.settings,
             lambda s: (packed_words(k, s.bits), s.groups_in(k)) == (rows, groups),
         )

@@ -105,12 +105,13 @@ def read_config(data: bytes, kind: type[T], harmless: Set[str], where: str) -> t
 
 
 def choose(
-    checkpoint: Checkpoint, module: str, settings: Iterable[Setting], fits: Callable[[Setting], bool]
+    checkpoint: Checkpoint, module: str, k: int, settings: Iterable[Setting], fits: Callable[[Setting], bool]
 ) -> Setting:
-    """The one setting that fits a layer's headers. Raises DataError where none does, or several."""
+    """The setting that fits the headers of a layer with ``k`` inputs. Raises DataError where none does, or several
+    that mean different things."""
     settings = tuple(settings)
     found = [setting for setting in settings if fits(setting)]
-    if len({(s.bits, s.group) for s in found}) == 1:
+    if len({(s.bits, s.group_in(k)) for s in found}) == 1:
         return found[0]
     named = "; ".join(dict.fromkeys(map(str, settings)))
     problem = "are ambiguous between the settings" if found else "fit none of the settings"

@@ -46,7 +46,7 @@ class Mlx:
         _, words = matrix_shape(checkpoint, f"{module}.weight")
         _, groups = matrix_shape(checkpoint, f"{module}.scales")
         setting = choose(
-            checkpoint, module, self.settings, lambda s: (packed_words(k, s.bits), s.groups_in(k)) == (words, groups)
+            checkpoint, module, k, self.settings, lambda s: (packed_words(k, s.bits), s.groups_in(k)) == (words, groups)
         )
         tensors = (
             expect(checkpoint, f"{module}.weight", (torch.uint32, torch.int32), (n, words)),

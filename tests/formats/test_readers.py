@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from lbq.formats.packing import BITS, GROUPS
-from lbq.formats.readers import MATRIX, VERSIONS, Cell, Fit, cell, sglang_fit, vllm_fit
+from lbq.formats.readers import FAST_GROUP, MATRIX, VERSIONS, Cell, Fit, cell, sglang_fit, vllm_fit
 from lbq.formats.scheme import Scheme
-from lbq.quantizer.request import READERS_GROUP
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 
@@ -46,7 +45,7 @@ def test_the_versions_are_those_of_the_document() -> None:
 def test_every_scheme_is_there_once(bits: int, group: int | None) -> None:
     assert [c for c in MATRIX if bits in c.bits and group in c.groups] == [cell(bits, group)]
     fits = vllm_fit(4096, 4096, Scheme(bits, group)), sglang_fit(4096, 4096, Scheme(bits, group))
-    assert [fit.fast for fit in fits] == [bits != 3 and (group is None or group <= READERS_GROUP)] * 2
+    assert [fit.fast for fit in fits] == [bits != 3 and (group is None or group <= FAST_GROUP)] * 2
     assert fits[0].runs
     assert fits[1].runs == fits[1].fast
 

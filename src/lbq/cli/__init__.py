@@ -17,6 +17,7 @@ from lbq.cli.compare import compare
 from lbq.cli.convert import convert
 from lbq.cli.display import plain
 from lbq.cli.evaluate import evaluate
+from lbq.cli.export import export
 from lbq.cli.hub import card, pull, push
 from lbq.cli.importing import import_
 from lbq.cli.inspect import inspect
@@ -43,7 +44,22 @@ def cli() -> None:
     """
 
 
-for command in (plan, convert, import_, inspect, verify, report, evaluate, compare, sweep, run, pull, push, card):
+for command in (
+    plan,
+    convert,
+    import_,
+    export,
+    inspect,
+    verify,
+    report,
+    evaluate,
+    compare,
+    sweep,
+    run,
+    pull,
+    push,
+    card,
+):
     cli.add_command(command)
 
 
