@@ -95,6 +95,8 @@ def default_name(source: SourceFolder) -> Path:
 def open_foreign_only(source: SourceFolder) -> ForeignCheckpoint:
     """Open what another tool quantised. Raises what :func:`open_foreign` does, and UsageError for what is no such
     checkpoint."""
+    if source.folder.is_file():
+        raise UsageError(f"{source.name}: a file; lbq import takes folders, with config.json and a tokenizer")
     if (source.folder / MANIFEST).is_file():
         raise UsageError(f"{source.name}: an lbq artifact already; lbq run {source.name}")
     foreign = open_foreign(source)

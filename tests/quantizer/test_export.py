@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lbq.conversion import convert
 from lbq.formats.artifact import Artifact, open_artifact
 from lbq.formats.errors import UsageError
 from lbq.formats.manifest import read_manifest
 from lbq.formats.packing import PackedWeight
-from lbq.quantizer.convert import convert
 from lbq.quantizer.export import export
 from lbq.quantizer.foreign.importing import import_checkpoint
 
