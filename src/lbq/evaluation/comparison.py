@@ -16,8 +16,8 @@ from lbq.evaluation.metered import Metered, check_layers
 from lbq.evaluation.models import open_model, open_stored, text_of, windows_of
 from lbq.evaluation.scores import Positions, estimate, summarize
 from lbq.evaluation.storage import storage_of
-from lbq.evaluation.stream import OnProgress, Side, check_alike, stream
-from lbq.evaluation.windows import BUNDLED_TOKENS, bundled_text, read_text
+from lbq.evaluation.stream import OnProgress, Side, stream
+from lbq.evaluation.windows import Windows, text_to_read
 from lbq.formats.artifact import Artifact
 from lbq.formats.comparison import COMPARISON_VERSION, Compared, Comparison
 from lbq.formats.disk import readable
@@ -26,7 +26,7 @@ from lbq.formats.tokenizer_file import TOKENIZER
 from lbq.hub.client import OnNote, quiet
 from lbq.quantizer.foreign import ForeignCheckpoint
 from lbq.quantizer.original import Original
-from lbq.runtime.devices import device_errors, find_device, set_threads
+from lbq.runtime.devices import Device, device_errors, find_device, set_threads
 
 Stored = Artifact | ForeignCheckpoint
 
@@ -58,37 +58,40 @@ def compare(
     if threads is not None:
         set_threads(threads)
     with ExitStack() as stack:
-        opened = [_Student(str(model), _opened(stack, model, on_note)) for model in models]
+        students = [_Student(str(model), _opened(stack, model, on_note)) for model in models]
         if reference is None:
-            _tell(on_note, (), opened)
-            return Comparison(COMPARISON_VERSION, None, None, None, tuple(map(_unmeasured, opened)), ())
+            _tell(on_note, (), students)
+            return Comparison(COMPARISON_VERSION, None, None, None, tuple(map(_unmeasured, students)), ())
         where = find_device(device, exact=True)
-        file = bundled_text() if text is None else read_text(Path(text))
-        if text is None and max_tokens is None:
-            max_tokens = BUNDLED_TOKENS
+        file, most = text_to_read(text, max_tokens)
         teacher = open_model(reference, on_note)
         stack.enter_context(teacher)
-        side = Side(str(reference), teacher)
-        metered = [Metered(student.model, teacher, where.device) for student in opened]
-        sides = [Side(student.name, weights) for student, weights in zip(opened, metered, strict=True)]
-        check_alike(side, *sides)
-        for student in opened:
+        for student in students:
             check_layers(student.name, student.model.spec, teacher.spec)
         notes = _notes(str(reference), teacher, where.note)
-        _tell(on_note, notes, opened)
-        with_text = [student.model for student in opened if student.has_tokenizer]
-        windows = windows_of(file, (teacher, *with_text), context, max_tokens)
-        with device_errors():
-            found = stream(side, sides, windows, where, on_progress=on_progress)
-        measured = zip(opened, metered, found, strict=True)
+        _tell(on_note, notes, students)
+        with_text = [student.model for student in students if student.has_tokenizer]
+        windows = windows_of(file, (teacher, *with_text), context, most)
         return Comparison(
             comparison_format=COMPARISON_VERSION,
             reference=readable(reference),
             device=str(where.device),
             text=text_of(file, windows),
-            models=tuple(_measured(s, w.cosine, kl, found[0], len(windows)) for s, w, kl in measured),
+            models=_measure(Side(str(reference), teacher), students, windows, where, on_progress),
             notes=notes,
         )
+
+
+def _measure(
+    teacher: Side, students: Sequence[_Student], windows: Windows, device: Device, on_progress: OnProgress | None
+) -> tuple[Compared, ...]:
+    """Everything that there is to measure, in one pass."""
+    metered = [Metered(student.model, teacher.weights, device.device) for student in students]
+    sides = [Side(student.name, weights) for student, weights in zip(students, metered, strict=True)]
+    with device_errors():
+        found = stream(teacher, sides, windows, device, on_progress=on_progress)
+    measured = zip(students, metered, found, strict=True)
+    return tuple(_measured(student, each.cosine, kl, found[0], len(windows)) for student, each, kl in measured)
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,8 @@ class _Student:
     @property
     def notes(self) -> tuple[str, ...]:
         """What there is to say, besides what a manifest says."""
-        if isinstance(self.model, Artifact):
-            return ()
-        return (
-            *self.model.notes,
-            *(() if self.has_tokenizer else (f"no {TOKENIZER}: it reads the original's tokens",)),
-        )
+        own = () if isinstance(self.model, Artifact) else self.model.notes
+        return own if self.has_tokenizer else (*own, f"no {TOKENIZER}: it reads the original's tokens")
 
 
 def _opened(stack: ExitStack, name: Path | str, on_note: OnNote) -> Stored:

@@ -9,7 +9,7 @@ from typing import Literal
 from lbq.evaluation.models import open_model, text_of, windows_of
 from lbq.evaluation.scores import summarize
 from lbq.evaluation.stream import OnProgress, Side, check_alike, stream
-from lbq.evaluation.windows import BUNDLED_TOKENS, bundled_text, read_text
+from lbq.evaluation.windows import text_to_read
 from lbq.formats.artifact import Artifact, open_artifact
 from lbq.formats.disk import readable
 from lbq.formats.quality import EVALUATION_VERSION, Evaluation, Weights
@@ -45,9 +45,7 @@ def evaluate(
     if threads is not None:
         set_threads(threads)
     where = find_device(device, exact=True)
-    file = bundled_text() if text is None else read_text(Path(text))
-    if text is None and max_tokens is None:
-        max_tokens = BUNDLED_TOKENS
+    file, most = text_to_read(text, max_tokens)
     with ExitStack() as stack:
         student = stack.enter_context(open_artifact(find_artifact(artifact, on_note=on_note or quiet)))
         teacher = open_model(reference, on_note or quiet)
@@ -58,7 +56,7 @@ def evaluate(
         if on_note is not None:
             for line in notes:
                 on_note(line)
-        windows = windows_of(file, (teacher, student), context, max_tokens)
+        windows = windows_of(file, (teacher, student), context, most)
         with device_errors():
             (found,) = stream(sides[0], sides[1:], windows, where, on_progress=on_progress)
         summary = student.manifest.summary

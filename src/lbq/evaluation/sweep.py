@@ -20,7 +20,7 @@ from lbq.evaluation.scores import summarize
 from lbq.evaluation.speed import decode_speed
 from lbq.evaluation.storage import storage_of_plan
 from lbq.evaluation.stream import HIDDEN_BYTES, OnProgress, Side, stream
-from lbq.evaluation.windows import BUNDLED_TOKENS, Windows, bundled_text, read_text
+from lbq.evaluation.windows import Windows, text_to_read
 from lbq.formats.comparison import SWEEP_VERSION, Cell, Sweep
 from lbq.formats.disk import readable
 from lbq.formats.errors import UsageError
@@ -67,9 +67,7 @@ def sweep(
         raise UsageError("nothing to sweep: give bits and groups")
     requests = [make_request(b, g) for b in dict.fromkeys(bits) for g in dict.fromkeys(groups)]
     exact = find_device(device, exact=True)
-    file = bundled_text() if text is None else read_text(Path(text))
-    if text is None and max_tokens is None:
-        max_tokens = BUNDLED_TOKENS
+    file, most = text_to_read(text, max_tokens)
     if (Path(model) / MANIFEST).is_file():
         raise UsageError(f"{model}: an artifact, quantized already; sweep the checkpoint it was made from")
     first = prepare(resolve(model, on_note=on_note), requests[0])
@@ -80,7 +78,7 @@ def sweep(
         notes = (*common, *([exact.note] if exact.note else []))
         for line in notes:
             on_note(line)
-        windows = windows_of(file, (original,), context, max_tokens)
+        windows = windows_of(file, (original,), context, most)
         run = _Run(str(model), original, windows, exact, find_device(device, exact=False) if speed else None)
         with device_errors():
             found = run.measure(plans, on_progress or _quiet)

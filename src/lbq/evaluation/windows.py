@@ -76,6 +76,16 @@ def bundled_text() -> TextFile:
     return replace(file, path=Path("lbq:english.txt"))
 
 
+def text_to_read(text: Path | str | None, max_tokens: int | None) -> tuple[TextFile, int | None]:
+    """The file that somebody names, or else the one that ships with lbq and BUNDLED_TOKENS of it; and how many tokens.
+
+    Raises what :func:`read_text` raises.
+    """
+    if text is not None:
+        return read_text(Path(text)), max_tokens
+    return bundled_text(), BUNDLED_TOKENS if max_tokens is None else max_tokens
+
+
 def cut(file: TextFile, tokenizers: Sequence[Tokenizer], context: int, max_tokens: int | None) -> Windows:
     """Whole windows from the start of the text, ``max_tokens`` tokens at most; what is left over is not used.
 
