@@ -113,6 +113,19 @@ def test_an_artifact_is_such_a_checkpoint(kept_artifact: Path) -> None:
             assert torch.equal(image.scales, artifact.packed(name).scales)
 
 
+def test_groups_that_gptq_reordered(compress: Compress, resave: Callable[..., None]) -> None:
+    """``weight_g_idx``, as versions before 0.19 wrote it; the package itself no longer does."""
+    folder, _ = compress(num_bits=4, group_size=32, strategy="group")
+    name = "model.layers.0.mlp.down_proj"
+    groups = (torch.randperm(96, generator=torch.Generator().manual_seed(3)) // 32).int()
+    resave(folder, lambda tensors: tensors.update({f"{name}.weight_g_idx": groups}))
+    with open_foreign(resolve(folder)) as found:
+        coded = found.coded(name)
+        expected = (coded.codes.float() - 8) * coded.scales.float()[:, groups.long()]
+        assert torch.equal(found.dense(f"{name}.weight"), expected)
+        assert found.image(name) == NoImage("act-order: groups are not of neighbours")
+
+
 def test_3_bits_as_versions_before_0_18_packed_them(compress: Compress, resave: Callable[..., None]) -> None:
     """Ten codes a word, as the source of 0.17 has it; the package itself can no longer write them."""
     folder, weights = compress(num_bits=3, group_size=32, strategy="group")
