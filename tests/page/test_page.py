@@ -195,6 +195,7 @@ def test_mixed_bits(make: Make) -> None:
     """8 bits in the first layer's attention: a map of bits, and dots in the colours of bits."""
     page = check(render(*make(bits=lambda unit: 8 if unit < 2 else 3)))
     assert "q, layer 0: INT8 g32" in page.text
+    assert "in the colours of the bits above" in page.text
     assert "q, layers 1 to 29: INT3 g32" in page.text
     assert "gate, layers 0 to 29: INT3 g32" in page.text
     styles = [attributes.get("class") for _, attributes in page.elements]
@@ -219,6 +220,7 @@ def test_what_stays(make: Make) -> None:
     page = check(render(manifest, msgspec.structs.replace(report, modules=modules)))
     assert "down, layer 2: stays BF16" in page.text
     assert "BF16" in words(page.sections["layers"])
+    assert "the other kinds in grey" in page.text  # all that is quantised has the same bits
 
 
 def test_autoround(make: Make, edit: Edit) -> None:

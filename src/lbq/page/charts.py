@@ -116,8 +116,7 @@ def cosines(parts: Parts) -> tuple[Plot, ...]:
     if not values:
         return ()
     x, y = layers(parts.layers, 5), linear(*_ends(values), 4)
-    mixed = len({module.bits for kind in kinds for _, module in kind.quantized()}) > 1
-    return tuple(_cosine_panel(kind, x, y, mixed) for kind in kinds)
+    return tuple(_cosine_panel(kind, x, y, parts.mixed) for kind in kinds)
 
 
 def _cosine_panel(kind: Kind, x: Axis, y: Axis, mixed: bool) -> Plot:

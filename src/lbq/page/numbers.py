@@ -30,19 +30,21 @@ def tick(value: float) -> str:
     """``0.02``, ``5``, ``10⁻⁶``: a round number of an axis, no digit more than it has."""
     if value == 0 or abs(value) >= _LEAST:
         return _signed(f"{value:.9f}".rstrip("0").rstrip("."))
-    mantissa, _, power = f"{value:.0e}".partition("e")
+    mantissa, _, power = f"{value:e}".partition("e")
+    mantissa = mantissa.rstrip("0").rstrip(".")
     ten = f"10{str(int(power)).translate(_SUPERSCRIPTS)}"
     return ten if mantissa == "1" else f"{_signed(mantissa)}·{ten}"
 
 
 def with_error(value: Estimate | Divergence) -> tuple[str, str | None]:
-    """Mean and standard error, to the second digit of the error: ``0.383`` and ``0.019``."""
+    """Mean and standard error, to the error's second digit, or its first from 5 on: ``0.383``, ``0.019``."""
     error = value.standard_error
     if not error:  # unknown, or exactly 0
         return number(value.mean), None
     if error < 10.0**-_MOST_DECIMALS:
         return number(value.mean), number(error, 2)
-    decimals = max(0, 1 - exponent(error))
+    digits = 1 if abs(error) >= 5 * 10.0 ** exponent(error) else 2
+    decimals = max(0, digits - 1 - exponent(error))
     return _signed(f"{value.mean:.{decimals}f}"), f"{error:.{decimals}f}"
 
 

@@ -52,6 +52,11 @@ class Parts:
     units: dict[tuple[str, ...], Unit]
 
     @property
+    def mixed(self) -> bool:
+        """Whether quantised layers in the table differ in their bits."""
+        return len({module.bits for kind in self.kinds for _, module in kind.quantized()}) > 1
+
+    @property
     def gutter(self) -> int:
         """Characters of the longest label."""
         return max(len(kind.label) for kind in self.kinds)
