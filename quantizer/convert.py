@@ -60,7 +60,7 @@ class Prepared:
     unknown_keys: tuple[str, ...]  # of config.json
     first_notes: tuple[str, ...]  # those of the plan that do not come from the request
     head_differs: bool  # see make_plan
-    calibration: Calibration | None  # None: the method reads no text
+    calibration: Calibration | None  # None: the method reads no text, or this is a dry run
     given: Given | None = None  # codes that are there already
 
     @property
@@ -95,10 +95,7 @@ class Prepared:
     @property
     def tuning_sizes(self) -> Sizes:
         """What the method needs while it works: nothing for round to nearest."""
-        if self.request.tuning is None:
-            return Sizes(0, 0)
-        shape = (1, 1) if self.calibration is None else tuple(self.calibration.tokens.shape)
-        return sizes(self.plan, self.request.tuning, *shape)
+        return Sizes(0, 0) if self.request.tuning is None else sizes(self.plan, self.request.tuning)
 
     def default_name(self, target_bpw: float | None = None) -> str:
         """``NAME-int4-g256``, ``NAME-3.5bpw-g256`` for a target, ``NAME-int4-g128-autoround``: what was asked for."""
@@ -128,9 +125,9 @@ def unfinished(out: Path) -> bool:
     return Work.of(Path(os.path.realpath(out))).folder.is_dir()
 
 
-def prepare(source: SourceFolder, request: Request) -> Prepared:
+def prepare(source: SourceFolder, request: Request, *, dry_run: bool = False) -> Prepared:
     """Read config, headers, tokenizer and calibration text, and decide; no weights, unless a tied checkpoint saves a
-    head too, of which a part is read where it is on the Hub.
+    head too, of which a part is read where it is on the Hub. A ``dry_run`` reads no text.
 
     Raises DataError and UsageError, and what :func:`~lbq.quantizer.calibration.calibrate` raises, before any output
     exists.
@@ -143,7 +140,7 @@ def prepare(source: SourceFolder, request: Request) -> Prepared:
         notes.append(f"config.json: unknown keys are ignored: {', '.join(adapted.unknown_keys)}")
     if not (source.folder / TOKENIZER).is_file():
         notes.append(f"no {TOKENIZER}: the artifact has no text until the tokenizer is saved in this form")
-    calibration = methods.read_calibration(request, source.folder, adapted.spec.context, notes)
+    calibration = methods.read_calibration(request, source.folder, adapted.spec.context, notes, dry_run=dry_run)
     differs = head_differs(adapted.spec, checkpoint, most=REMOTE_PIECES if source.remote else None)
     plan = make_plan(adapted.spec, checkpoint, request, notes, differs)
     spec, unknown = adapted.spec, adapted.unknown_keys

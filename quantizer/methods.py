@@ -96,14 +96,21 @@ class Tuned:
         self._work.remove()
 
 
-def read_calibration(request: Request, folder: Path, context: int, notes: list[str]) -> Calibration | None:
-    """The samples that a request needs; what differs from it is added to ``notes``. See :func:`calibrate`."""
+def read_calibration(
+    request: Request, folder: Path, context: int, notes: list[str], *, dry_run: bool
+) -> Calibration | None:
+    """The samples that a request needs; what differs from it is added to ``notes``. See :func:`calibrate`.
+
+    A ``dry_run`` reads nothing and returns None.
+    """
     tuning = request.tuning
     if tuning is None or not tuning.calibrated:
         return None
     length = min(tuning.tokens, context)
     if length < tuning.tokens:
         notes.append(f"calibration samples have {length} tokens, not {tuning.tokens}: the model's context")
+    if dry_run:
+        return None
     found = calibrate(tuning.calibration, folder, tuning.samples, length, tuning.seed)
     if len(found.tokens) < tuning.samples:
         notes.append(

@@ -61,6 +61,21 @@ def test_what_will_be_written(
     assert plan["timing"]["writing"] > 0
 
 
+def test_what_tuning_takes(checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path) -> None:
+    """No text is read for it, and work costs disk, memory and time."""
+    source, out = checkpoints["llama"], tmp_path / "out"
+    rounded = planned(lbq, "plan", source, "--gs", "32", "--out", out)
+    options = ("--gs", "32", "--method", "autoround", "--calib", tmp_path / "missing.txt", "--seqlen", 64)
+    tuned = planned(lbq, "convert", "--dry-run", source, *options, "--nsamples", 10, "--out", out)
+    assert (rounded["method"], tuned["method"]) == ("rtn", "autoround")
+    assert tuned["bytes"] == rounded["bytes"] == rounded["disk_bytes"]
+    states = 3 * 10 * 64 * 64 * 2
+    assert tuned["disk_bytes"] - tuned["bytes"] > states
+    assert tuned["timing"]["quantizing"] > rounded["timing"]["quantizing"]
+    wide = ("--seqlen", 128, "--batch-size", 128)
+    assert planned(lbq, "plan", source, *options, *wide)["peak_bytes"] > tuned["peak_bytes"]
+
+
 @pytest.mark.parametrize("family", ["smollm2", "qwen2"])
 def test_what_will_run(checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path, family: str) -> None:
     plan = planned(lbq, "plan", checkpoints[family], *OPTIONS, "--device", "cpu", "--context", "100")

@@ -49,8 +49,9 @@ class Sizes:
     disk: int
 
 
-def sizes(plan: Plan, tuning: Tuning, samples: int, length: int) -> Sizes:
+def sizes(plan: Plan, tuning: Tuning) -> Sizes:
     """From the plan alone; an estimate of memory, and of the disk an upper bound."""
+    samples, length = tuning.samples, min(tuning.tokens, plan.spec.context)
     packed = [step for step in plan.steps if isinstance(step, Quantize) and step.module.startswith(LAYERS + ".")]
     blocks: dict[str, int] = {}
     for step in packed:

@@ -171,7 +171,7 @@ def decide(
     """
     if out is not None and not dry_run:
         check_output(model, out, overwrite=overwrite)
-    prepared = prepare(resolve(model, revision, on_note, weights=False), order.request)
+    prepared = prepare(resolve(model, revision, on_note, weights=False), order.request, dry_run=dry_run)
     target = out or Path(prepared.default_name(order.target_bpw))
     for line in prepared.plan.notes:
         on_note(line)

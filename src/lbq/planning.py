@@ -83,7 +83,7 @@ class Forecast:
     disk_bytes: int  # to convert, the artifact among them
     disk_free: int
     method: Literal["rtn", "autoround"]
-    timing: Timing | None  # None: the device is not here, or only the work itself tells
+    timing: Timing | None  # None: the device is not here
     device: Literal["cpu", "cuda"]  # whose kernels ``layers`` names
     tensors: tuple[TensorPlan, ...]
     layers: tuple[LayerPlan, ...]
@@ -110,7 +110,6 @@ def forecast(
     on_cpu = needs(spec, plan.quantized, CpuDevice(exact=False), context)
     on_gpu = needs(spec, plan.quantized, CudaDevice(exact=False), context)
     here = kind == "cpu" or has_gpu
-    tuned = prepared.request.tuning is not None
     return Forecast(
         path=readable(out),
         bytes=plan.nbytes,
@@ -120,8 +119,8 @@ def forecast(
         peak_bytes=prepared.peak_bytes,
         disk_bytes=plan.nbytes + prepared.tuning_sizes.disk,
         disk_free=free_bytes(out),
-        method="autoround" if tuned else "rtn",
-        timing=estimate(prepared, out, torch.device(kind)) if here and not tuned else None,
+        method="rtn" if prepared.request.tuning is None else "autoround",
+        timing=estimate(prepared, out, torch.device(kind)) if here else None,
         device=kind,
         tensors=_tensors(plan),
         layers=tuple(map(_layer, (on_gpu if kind == "cuda" else on_cpu).units)),

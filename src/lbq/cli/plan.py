@@ -14,6 +14,7 @@ from lbq.cli.options import Method, Wish, method_options, quantization_options, 
 if TYPE_CHECKING:
     from lbq.formats.readers import Fit
     from lbq.planning import Forecast, Memory
+    from lbq.quantizer.timing import Timing
 
 
 @click.command()
@@ -68,7 +69,7 @@ def show(found: Forecast, as_json: bool) -> None:
     )
     click.echo(
         f"converts  with {size(found.peak_bytes)} of memory on top of Python's and {size(found.disk_bytes)} of disk "
-        f"({size(found.disk_free)} free), {_time(found)}"
+        f"({size(found.disk_free)} free), {_time(found.timing)}"
     )
     if found.remote_bytes:
         click.echo(f"fetches   {size(found.remote_bytes)} from the Hub")
@@ -120,10 +121,7 @@ def _fit(fit: Fit) -> str:
     return f"{fit.text} (slow)" if fit.runs and not fit.fast else fit.text
 
 
-def _time(found: Forecast) -> str:
-    timing = found.timing
-    if found.method == "autoround":
-        return "in minutes to days: the first blocks will tell"
+def _time(timing: Timing | None) -> str:
     if timing is None:
         return "its time not measured: the device is not here"
     known = {"quantizing": timing.quantizing, "reading": timing.reading, "writing": timing.writing}
