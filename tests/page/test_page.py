@@ -240,6 +240,20 @@ def test_autoround(make: Make, edit: Edit) -> None:
     assert "aurora-1, https://example.com/licence" in page.sections["provenance"]
 
 
+def test_imported_codes(make: Make, edit: Edit) -> None:
+    """Weight by weight the source's: no error anywhere."""
+
+    def change(manifest: Any, report: Any) -> None:
+        manifest["method"] |= {"name": "import", "origin": "gptq", "requantized": 0}
+        for module in report["modules"]:
+            module.update(cosine=1.0, relative_error=0.0, worst_row_error=0.0)
+
+    page = check(render(*edit(make(level="weights"), change)))
+    assert "Codes of another tool, INT4 g32" in page.text
+    assert "origin gptq" in words(page.sections["settings"])
+    assert "q_proj: error 0%, cosine 1.00000, INT4 g32" in page.text
+
+
 def test_bits_chosen_for_a_size(make: Make) -> None:
     manifest, report = make()
     method = msgspec.structs.replace(manifest.method, bits=None, lm_head=None, target_bpw=3.5)
