@@ -249,7 +249,7 @@ def test_imported_codes(make: Make, edit: Edit) -> None:
             module.update(cosine=1.0, relative_error=0.0, worst_row_error=0.0)
 
     page = check(render(*edit(make(level="weights"), change)))
-    assert "Codes of another tool, INT4 g32" in page.text
+    assert "Imported, INT4 g32" in page.text
     assert "origin gptq" in words(page.sections["settings"])
     assert "q_proj: error 0%, cosine 1.00000, INT4 g32" in page.text
 
