@@ -81,6 +81,7 @@ def tune(
     products = torch.autocast(device.type, torch.bfloat16, enabled=products_dtype(device) == torch.bfloat16)
     with quiet(), _seeded(seed), products:
         _quantize_block(block, config, tuned, tuning, seed, inputs, outputs)
+    block.to(device)  # auto-round leaves it on the CPU
     packed = {step.module: _packed(block.linear(step.module), step, fallback[step.module]) for step in tuned}
     return {module: packed.get(module, weight) for module, weight in fallback.items()}
 

@@ -58,7 +58,7 @@ def tune(text: str, tmp_path: Path) -> Callable[..., Conversion]:
 
     def run(source: Path, out: str = "out", **options: Any) -> Conversion:
         small = {"iters": 2, "nsamples": 4, "seqlen": 16, "batch_size": 2, "calib": text, "group": 32}
-        return convert(source, tmp_path / out, method="autoround", device="cpu", **{**small, **options})
+        return convert(source, tmp_path / out, method="autoround", **{"device": "cpu", **small, **options})
 
     return run
 
@@ -93,6 +93,39 @@ def test_exact(
             assert torch.equal(packed.dequantize(), weight), module
             assert torch.equal(packed.scales, scales.view_as(packed.scales)), module
     assert not os.path.lexists(done.path.with_name(".out.work"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, dict.fromkeys(("nsamples", "seqlen", "batch_size", "calib")) | {"iters": 0}])
+def test_on_cuda(
+    checkpoints: Mapping[str, Path],
+    tune: Callable[..., Conversion],
+    recorded: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    options: dict[str, Any],
+) -> None:
+    """A block goes on to give hidden states after auto-round has had it."""
+    done = tune(checkpoints["llama"], device="cuda", **options)
+    assert isinstance(done.manifest.method, AutoRound)
+    assert done.manifest.method.device == "cuda"
+    with open_artifact(done.path) as artifact:
+        for module, (weight, _) in recorded.items():
+            assert torch.equal(artifact.packed(module).dequantize(), weight.cpu()), module
+
+
+def test_a_block_comes_back(
+    checkpoints: Mapping[str, Path], tune: Callable[..., Conversion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto-round leaves blocks on the CPU, where a GPU's hidden states are not."""
+    moved: list[torch.device] = []
+    quantize = tuner._quantize_block
+
+    def quantize_block(block: Any, *args: Any) -> None:
+        quantize(block, *args)
+        monkeypatch.setattr(block, "to", moved.append)
+
+    monkeypatch.setattr(tuner, "_quantize_block", quantize_block)
+    tune(checkpoints["llama"])
+    assert moved == [torch.device("cpu")] * 2
 
 
 def test_blocks_compute_what_transformers_computes(family: str, checkpoints: Mapping[str, Path]) -> None:
