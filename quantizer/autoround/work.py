@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,11 @@ class Work:
 
     def nbytes(self) -> int:
         """Bytes of finished files."""
-        if not self.folder.is_dir():
-            return 0
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        total = 0
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # who holds the lock may be at work
+                total += path.stat().st_size
+        return total
 
     def remove(self) -> None:
         """Remove the folder."""
