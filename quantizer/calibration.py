@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_BYTES = 1 << 30  # of a calibration file
+PART = 1 << 20  # characters tokenized at a time, which take 140 MB; what is longer counts as several documents
 SUFFIXES = (".txt", ".json", ".jsonl")
 
 
@@ -139,7 +140,7 @@ def _pieces(tokenizer: Tokenizer, documents: Sequence[str], wanted: int, length:
     """Stretches of ``length`` tokens: one of each document first, in random order, so that the samples are many
     documents and not one; then more of each. What is shorter, and tails, are joined."""
     draw = random.Random(seed)
-    order = list(range(len(documents)))
+    order = [(number, at) for number, text in enumerate(documents) for at in range(0, max(1, len(text)), PART)]
     draw.shuffle(order)
     first: list[list[int]] = []
     rest: list[list[int]] = []
@@ -159,11 +160,11 @@ def _pieces(tokenizer: Tokenizer, documents: Sequence[str], wanted: int, length:
     return (first + rest)[:wanted]
 
 
-def _encoded(tokenizer: Tokenizer, documents: Sequence[str], order: Sequence[int]) -> Iterator[list[int]]:
-    for number in order:
+def _encoded(tokenizer: Tokenizer, documents: Sequence[str], order: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    for number, at in order:
         try:
-            yield list(tokenizer.encode(documents[number], add_special_tokens=False).ids)
+            yield list(tokenizer.encode(documents[number][at : at + PART], add_special_tokens=False).ids)
         except UnicodeEncodeError as error:  # JSON can hold half a pair
             raise DataError(
-                f"calibration text {number}: not valid Unicode (lone surrogate at character {error.start})"
+                f"calibration text {number}: not valid Unicode (lone surrogate at character {at + error.start})"
             ) from None

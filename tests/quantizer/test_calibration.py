@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, processors
 
 from lbq.formats.errors import DataError, LbqError, RemoteError, StorageError, UsageError
+from lbq.quantizer import calibration
 from lbq.quantizer.calibration import Calibration, calibrate, read_texts
 
 
@@ -81,6 +83,24 @@ def test_short_documents_are_joined(model: Path, tmp_path: Path) -> None:
     source = save(tmp_path / "text.json", *(words(i, 16) for i in range(10)))
     found = calibrate(source, model, 3, 50, 0)
     assert found.tokens.shape == (3, 50)
+
+
+def test_a_long_text_is_read_in_parts(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory does not grow with it: no more is tokenized than samples need, and these are from all over it."""
+    monkeypatch.setattr(calibration, "PART", 1000)
+    given: list[int] = []
+    encoded = calibration._encoded
+
+    def count(tokenizer: Any, documents: Sequence[str], order: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+        for ids, (_, at) in zip(encoded(tokenizer, documents, order), order, strict=False):
+            given.append(at)
+            yield ids
+
+    monkeypatch.setattr(calibration, "_encoded", count)
+    found = calibrate(save(tmp_path / "text.txt", words(0, 20_000)), model, 5, 40, 0)
+    assert found.tokens.shape == (5, 40)
+    assert len(given) == 5
+    assert max(given) > 10_000
 
 
 def test_fewer_than_asked_for(model: Path, tmp_path: Path) -> None:
