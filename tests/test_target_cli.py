@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ def test_the_same_again_and_from_a_report(source: Path, chosen: Path, lbq: Lbq, 
     assert msgspec.to_builtins(written) == plan["quantized"]
     assert {entry.bits for name, entry in written.items() if "layers.0.mlp" in name} == {4}
     assert written["lm_head"].bits == 8
+
+
+def test_a_report_of_another_config(source: Path, chosen: Path, lbq: Lbq, tmp_path: Path) -> None:
+    """The same weights are another model with it."""
+    other = shutil.copytree(source, tmp_path / "other")
+    config = json_file.read(other / "config.json", dict[str, Any])
+    (other / "config.json").write_bytes(json_file.encode(config | {"rms_norm_eps": 1e-2}))
+    options = ("--target-bpw", "5", "--gs", "32", "--sensitivity", chosen, "--out", tmp_path / "out")
+    assert "config.json is not what it read" in lbq("convert", other, *options).error
 
 
 def test_a_full_report_of_one_number_of_bits(source: Path, lbq: Lbq, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lbq.formats.report import report_of
 from lbq.quantizer.calibration import calibrate
 from lbq.quantizer.convert import Prepared
 from lbq.quantizer.original import Original, open_original
+from lbq.quantizer.source import CONFIG
 from lbq.runtime.devices import Device, device_errors
 
 CONTEXT = 256  # tokens of a window
@@ -107,13 +108,16 @@ def saved(freedom: Freedom, artifact: Path) -> Study:
     if quality is None or quality.sensitivity_text is None:
         raise UsageError(f"{artifact}: no sensitivities in its report; one made with --report full has them")
     checkpoint = freedom.prepared.checkpoint
-    for name in checkpoint.files:
+    for name in (CONFIG, *checkpoint.files):
         if files.get(name) != hash_file(checkpoint.folder / name):
             raise DataError(f"{artifact}: made from another source: {checkpoint.folder / name} is not what it read")
     found = {(s.modules, s.bits, s.group): s for s in quality.sensitivity}
-    wanted = [(unit.modules, bits, unit.group(bits)) for unit in freedom.units for bits in unit.steps]
-    for modules, bits, group in wanted:
-        if (modules, bits, group) not in found:
+    wanted = []
+    for unit, bits in ((u, bits) for u in freedom.units for bits in u.steps):
+        modules, group = unit.modules, unit.group(bits)
+        known = found.get((modules, bits, group))
+        if known is None:
             size = f"groups of {group}" if group else "a scale a row"
             raise UsageError(f"{artifact}: its report does not have {modules[0]} at {bits} bits, {size}; measure again")
-    return Study(freedom, quality.sensitivity_text, tuple(found[key] for key in wanted))
+        wanted.append(msgspec.structs.replace(known, nbytes=unit.nbytes(bits)))  # stored for other readers, perhaps
+    return Study(freedom, quality.sensitivity_text, tuple(wanted))
