@@ -181,7 +181,13 @@ def decide(
     measurement = None if order.report.kind == "weights" else Measurement(order.report, prepared, device)
     if measurement is not None and measurement.device.note:
         on_note(measurement.device.note)
-    return Job(order, fetched(prepared), target, device, overwrite, measurement)
+    if order.target_bpw is not None:
+        freedom(prepared).check(order.target_bpw)
+    whole = fetched(prepared)
+    for line in whole.plan.notes:
+        if line not in prepared.plan.notes:  # weights can say more than headers
+            on_note(line)
+    return Job(order, whole, target, device, overwrite, measurement)
 
 
 def convert(

@@ -12,9 +12,12 @@ import pytest
 import torch
 from hub_stub import Answer, Hub, Request
 
-from lbq.formats.errors import DataError, RemoteError
+from lbq.conversion import decide, make_order
+from lbq.formats.errors import DataError, RemoteError, UsageError
+from lbq.quantizer import convert as converting
 from lbq.quantizer import remote, timing
 from lbq.quantizer.convert import prepare
+from lbq.quantizer.plan import HEAD_DIFFERS
 from lbq.quantizer.request import make_request
 from lbq.quantizer.source import fetch_weights, resolve
 
@@ -167,6 +170,29 @@ def test_a_head_beside_a_tied_embedding(make_checkpoint: Callable[..., Path], hu
 
     hub.add_folder(NAME, make_checkpoint("smollm2", edit=both, shards=2))
     assert prepare(resolve(NAME, weights=False), make_request()).head_differs is not same
+
+
+def test_a_head_that_differs_further_on(
+    make_checkpoint: Callable[..., Path], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only the weights tell is said when they are here."""
+
+    def both(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    hub.add_folder(NAME, make_checkpoint("smollm2", edit=both))
+    monkeypatch.setattr(converting, "REMOTE_PIECES", 0)
+    said: list[str] = []
+    job = decide(NAME, make_order(group=32), tmp_path / "out", device="cpu", on_note=said.append)
+    assert [note for note in said if note in job.prepared.plan.notes] == list(job.prepared.plan.notes)
+    assert HEAD_DIFFERS in said
+
+
+@pytest.mark.usefixtures("source")
+def test_a_size_that_cannot_be_had_is_refused_first(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="this model takes"):
+        decide(NAME, make_order(target_bpw=1.5), tmp_path / "out", device="cpu")
+    assert all(request.method != "GET" or "range" in request.headers for request in hub.requests if request.storage)
 
 
 @pytest.mark.usefixtures("source")
