@@ -34,8 +34,8 @@ class Progress:
 
     finished: int  # blocks
     blocks: int
-    loss: tuple[float, float] | None = None  # of the last block, by round to nearest and as tuned: see Tuner
-    seconds: float = 0.0  # that it took
+    loss: tuple[float, float] | None = None  # of the last block, by round to nearest and as tuned; None: not tuned
+    seconds: float | None = None  # that it took; None: nothing is done yet
 
 
 OnProgress = Callable[[Progress], None]
@@ -110,6 +110,9 @@ class Tuner:
         first = max(work.numbers("quantized"), default=0)
         if first > len(done) or (first == 0 and done and not work.has("quantized", 0)):
             raise DataError(f"{work.folder}: hidden states are missing; --restart drops this work")
+        for number in range(first):
+            work.drop("reference", number)
+            work.drop("quantized", number)
         if first == 0:
             for kind in ("reference", "quantized"):
                 if not work.has(kind, 0) and not work.has(kind, 1):
@@ -117,17 +120,18 @@ class Tuner:
                     work.write_states(kind, 0, self._shape, batches)
         return first
 
-    def _finish(self, number: int) -> tuple[float, float]:
+    def _finish(self, number: int) -> tuple[float, float] | None:
         """Tune one block, or what of it is not done, and pass the streams on.
 
-        Returns mean squared errors of the block's output over the first batch, by round to nearest and as tuned.
+        Returns mean squared errors of the block's output over the first batch, by round to nearest and as tuned; None
+        where there are no samples.
         """
         work, steps = self._work, self._blocks.quantized(number)
         last = number == len(self._blocks) - 1
         block = self._blocks.load(number, self._shape[1])
         if not self._tuning.calibrated:
             work.write_block(number, steps, self._tuned(block, number, [], []))
-            return 0.0, 0.0
+            return None
         if not work.has("reference", number + 1):
             reference = self._through(block, work.states("reference", number))
             work.write_states("reference", number + 1, self._shape, reference)
@@ -135,6 +139,7 @@ class Tuner:
         inputs, outputs = work.states("quantized", number), work.states("reference", number + 1)
         if not work.has("block", number):
             work.write_block(number, steps, self._tuned(block, number, inputs, outputs))
+            block.to(self._device)  # auto-round has moved it away
         put(block, rounded(self._checkpoint, steps, self._device))
         before = self._loss(block, inputs, outputs)
         put(block, work.block(number, steps))

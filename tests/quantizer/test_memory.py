@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,18 @@ LOAD = """
 prepared = conversion.prepare(resolve(sys.argv[1]), make_request(4, 128))
 bound = bind(QuantizedOnLoad(prepared, torch.device("cpu")), CpuDevice(exact=False))
 print(before, peak(), bound.resident_bytes)
+"""
+TUNE = """
+import lbq.quantizer.autoround.run
+from lbq.quantizer.autoround.settings import make_tuning
+from lbq.quantizer.quiet import quiet
+with quiet():
+    import auto_round, transformers.models.llama.modeling_llama
+before = peak()
+tuning = make_tuning("autoround", iters=1, nsamples=8, seqlen=64, batch_size=4, calib=sys.argv[3])
+prepared = conversion.prepare(resolve(sys.argv[1]), make_request(4, 128, tuning=tuning))
+conversion.write_artifact(prepared, sys.argv[2], device="cpu")
+print(before, peak(), prepared.peak_bytes)
 """
 
 
@@ -100,3 +113,21 @@ def test_eight_gigabytes(tmp_path: Path) -> None:
     for folder in ("source", "out"):  # pytest keeps the folders of its last runs
         for path in (tmp_path / folder).iterdir():
             path.unlink()
+
+
+@pytest.mark.slow
+def test_tuning_holds_one_block(checkpoints: Mapping[str, Path], tmp_path: Path) -> None:
+    """Of 2.1 GB of weights, which would be 4.3 GB in float32."""
+    source, out, text = tmp_path / "source", tmp_path / "out", tmp_path / "text.txt"
+    nbytes = synthetic(source, hidden=2048, width=8192, layers=16, vocab=2048)
+    (source / "tokenizer.json").write_bytes((checkpoints["llama"] / "tokenizer.json").read_bytes())
+    text.write_text("all is well " * 1000)
+    command = [sys.executable, "-c", PEAK + TUNE, *map(str, (source, out, text))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after, estimate = map(int, done.stdout.split())
+    print(nbytes, before, after, estimate)
+    assert nbytes > 1_900_000_000
+    assert after - before < 1.1 * estimate < 3_000_000_000
+    for path in (*source.iterdir(), *out.iterdir()):  # pytest keeps the folders of its last runs
+        path.unlink()

@@ -127,14 +127,15 @@ def blocks() -> Iterator[Callable[[Tuned], None]]:
 
     def advance(tuned: Tuned) -> None:
         shown.update(task, completed=tuned.finished, total=tuned.blocks)
-        if tuned.loss is None:
+        if tuned.seconds is None:
             shown.start()
             if not console.is_terminal:
                 click.echo(f"tuning {tuned.blocks} blocks, {tuned.finished} of them finished before", err=True)
             return
         spent.append(tuned.seconds)
         left = duration((tuned.blocks - tuned.finished) * sum(spent) / len(spent))
-        text = f"loss {tuned.loss[0]:.2e} → {tuned.loss[1]:.2e}, {left} left"
+        loss = "" if tuned.loss is None else f"loss {tuned.loss[0]:.2e} → {tuned.loss[1]:.2e}, "
+        text = f"{loss}{left} left"
         shown.update(task, description=text)
         if not console.is_terminal:
             click.echo(f"block {tuned.finished}/{tuned.blocks}: {text}", err=True)
