@@ -20,7 +20,7 @@ from lbq.quantizer.convert import prepare, write_artifact
 from lbq.quantizer.original import open_original
 from lbq.quantizer.request import make_request
 from lbq.quantizer.source import resolve
-from lbq.runtime.devices import CpuDevice
+from lbq.runtime.devices import CpuDevice, CudaDevice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,6 +91,15 @@ def test_groups_of_students_change_nothing(checkpoints: Mapping[str, Path], text
     assert parts == whole
     assert told == sorted(told)
     assert told[-1] == (27, 27)
+
+
+@pytest.mark.gpu
+def test_on_cuda(checkpoints: Mapping[str, Path], text: Path) -> None:
+    folder = checkpoints["qwen2"]
+    of, cut = free(folder), windows(folder, text)
+    pairs = zip(measure(of, cut, CPU), measure(of, cut, CudaDevice(exact=True)), strict=True)
+    for cpu, cuda in pairs:
+        assert cuda.kl.mean == pytest.approx(cpu.kl.mean, rel=1e-2)
 
 
 def test_what_is_decided_is_not_measured(checkpoints: Mapping[str, Path]) -> None:
