@@ -21,6 +21,7 @@ from lbq.cli.export import export
 from lbq.cli.hub import card, pull, push
 from lbq.cli.importing import import_
 from lbq.cli.inspect import inspect
+from lbq.cli.lm_eval import lm_eval
 from lbq.cli.plan import plan
 from lbq.cli.report import report
 from lbq.cli.run import run
@@ -55,6 +56,7 @@ for command in (
     evaluate,
     compare,
     sweep,
+    lm_eval,
     run,
     pull,
     push,
