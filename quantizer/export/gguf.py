@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -64,6 +65,8 @@ class _Config(msgspec.Struct):
 def gguf_layers(artifact: Artifact) -> Layers:
     """An artifact's layers as blocks; reads scales. Raises UsageError for a model, a layer or a scale that the file
     has no place for."""
+    if find_spec("gguf") is None:
+        raise UsageError('the gguf package is not installed: pip install "lbq[gguf]"')
     _architecture(artifact)
     _check_spec(artifact)
     entries: dict[str, QuantizedModule] = {}
