@@ -139,7 +139,6 @@ class Tuner:
         inputs, outputs = work.states("quantized", number), work.states("reference", number + 1)
         if not work.has("block", number):
             work.write_block(number, steps, self._tuned(block, number, inputs, outputs))
-            block.to(self._device)  # auto-round has moved it away
         put(block, rounded(self._checkpoint, steps, self._device))
         before = self._loss(block, inputs, outputs)
         put(block, work.block(number, steps))
