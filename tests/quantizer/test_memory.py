@@ -16,6 +16,7 @@ from lbq.quantizer.families import read_spec
 
 PEAK = """
 import re, sys
+from pathlib import Path
 import torch
 import lbq.quantizer.convert as conversion
 from lbq.quantizer.on_load import QuantizedOnLoad
@@ -28,7 +29,8 @@ def peak():
 before = peak()
 """
 CONVERT = """
-done = conversion.convert(sys.argv[1], sys.argv[2], bits=4, group=128, device="cpu")
+prepared = conversion.prepare(resolve(sys.argv[1]), make_request(4, 128))
+done = conversion.write_artifact(prepared, Path(sys.argv[2]), device="cpu")
 print(before, peak(), done.manifest.summary.weights)
 """
 LOAD = """
