@@ -20,10 +20,10 @@ def source(write_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="session")
 def export(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """``export(format, bits, group, sym)``: rounded to nearest by AutoRound; each made once."""
-    made: dict[tuple[object, ...], Path] = {}
+    made: dict[str, Path] = {}
 
     def run(form: str, bits: int = 4, group: int = 32, sym: bool = True, **options: object) -> Path:
-        key = (form, bits, group, sym, *options)
+        key = repr((form, bits, group, sym, options))
         if key not in made:
             from auto_round import AutoRound
 
