@@ -9,6 +9,7 @@ from lbq.runtime.kernels.attention import Heads, Split, split_for
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile, tile
 
 Role = Literal["qkv", "out", "gate_up", "down", "head"]
+ROLES: tuple[Role, ...] = ("qkv", "out", "gate_up", "down", "head")
 
 
 @dataclass(frozen=True)
@@ -60,4 +61,4 @@ def _rule(role: Role, weight: ArrangedWeight, sm_count: int) -> Projecting:
     chosen = tile(weight.n, weight.k, weight.bits, sm_count)
     if role == "gate_up" and chosen.rows < 2:
         chosen = replace(chosen, rows=2)
-    return Projecting(chosen)
+    return Projecting(chosen, ahead=True)

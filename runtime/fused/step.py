@@ -52,7 +52,7 @@ def _heads(mixer: AttentionMixer) -> Heads:
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """One projection, ready to launch."""
 
     weight: ArrangedWeight
@@ -90,7 +90,7 @@ class _Product:
 
 
 @dataclass(frozen=True)
-class _Attention:
+class Attending:
     """The attention of one layer, ready to launch on any cache."""
 
     qkv: torch.Tensor
@@ -119,12 +119,14 @@ class _Attention:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    qkv: _Product
-    attention: _Attention
-    out: _Product
-    gate_up: _Product
-    down: _Product
+class StepLayer:
+    """The five launches of one layer."""
+
+    qkv: Product
+    attention: Attending
+    out: Product
+    gate_up: Product
+    down: Product
 
 
 class _Buffers:
@@ -176,16 +178,16 @@ class FusedStep:
         entries = [self._entry(layer.mixer_norm, _mixer(layer).qkv) for layer in layers]
         entries.append(self._entry(decoder.norm, head))
         self._first, self._last = entries[0], entries[-1]
-        self._layers = [self._layer(*each) for each in zip(layers, entries[:-1], entries[1:], strict=True)]
-        self._head = None
+        self.layers = [self._layer(*each) for each in zip(layers, entries[:-1], entries[1:], strict=True)]
+        self.head = None
         if isinstance(head, CudaLinear):
-            self._head = self._product("head", head, self._last.to, self.logits)
+            self.head = self._product("head", head, self._last.to, self.logits)
 
     @property
     def launches(self) -> int:
         """Kernels a step."""
-        parts = [p for layer in self._layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        return 2 + len(parts) + len(self._layers) + sum(p.how.apart and p.to is not None for p in parts)
+        parts = [p for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        return 2 + len(parts) + len(self.layers) + sum(p.how.apart and p.to is not None for p in parts)
 
     @torch.inference_mode()
     def run(self, token: torch.Tensor, position: torch.Tensor, state: DecoderState) -> torch.Tensor:
@@ -195,15 +197,15 @@ class FusedStep:
         """
         pdl = self._plan.pdl
         planes.embed(token, self._decoder.embedding, self._x, self._first, pdl=pdl)
-        for layer, cache in zip(self._layers, state.layers, strict=True):
+        for layer, cache in zip(self.layers, state.layers, strict=True):
             assert isinstance(cache, KVCache)
             layer.qkv.launch(pdl=pdl)
             layer.attention.launch(position, cache, pdl=pdl)
             layer.out.launch(pdl=pdl)
             layer.gate_up.launch(pdl=pdl)
             layer.down.launch(pdl=pdl)
-        if self._head is not None:
-            self._head.launch(pdl=pdl)
+        if self.head is not None:
+            self.head.launch(pdl=pdl)
         else:
             head = self._decoder.head
             assert isinstance(head, DenseCudaLinear)
@@ -219,7 +221,7 @@ class FusedStep:
         bits = linear.weight.bits if isinstance(linear, CudaLinear) else 8
         return Normed(self._buffers.activations("stream", norm.weight.numel(), bits, norm.eps), norm.weight)
 
-    def _layer(self, layer: DecoderLayer, entry: Normed, following: Normed) -> _Layer:
+    def _layer(self, layer: DecoderLayer, entry: Normed, following: Normed) -> StepLayer:
         mixer, buffers = _mixer(layer), self._buffers
         heads = _heads(mixer)
         out, gate_up, down = mixer.out, layer.mlp.gate_up, layer.mlp.down
@@ -230,9 +232,9 @@ class FusedStep:
         between = self._entry(layer.mlp_norm, gate_up)
         gated = buffers.activations("gated", down.k, down.weight.bits)
         split = self._plan.splitting(heads, self._sms)
-        return _Layer(
+        return StepLayer(
             self._product("qkv", mixer.qkv, entry.to, qkv),
-            _Attention(
+            Attending(
                 qkv,
                 heads,
                 _norms(mixer.q_norm),
@@ -255,12 +257,12 @@ class FusedStep:
         y: torch.Tensor,
         to: Normed | Activations | None = None,
         activation: Activation = "silu",
-    ) -> _Product:
+    ) -> Product:
         assert isinstance(linear, CudaLinear)
         how = self._plan.projecting(role, linear.weight, self._sms)
         shared = to is not None and not how.apart and how.outputs(role) % 32 != 0
         counters = self._buffers.counters(y.numel()) if shared else None
-        return _Product(linear.weight, linear.bias, role, how, x, y, to, counters, activation)
+        return Product(linear.weight, linear.bias, role, how, x, y, to, counters, activation)
 
     def _table(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines float32 [slots, dims/2] of all positions, as the decoder itself computes them."""

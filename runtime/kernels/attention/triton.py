@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lbq.runtime.kernels.arrivals import arrived
-from lbq.runtime.kernels.gemv.triton import store_planes
+from lbq.runtime.kernels.gemv.triton import call, store_planes
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(float("-inf"))
@@ -100,7 +100,13 @@ def attend(
         return
     start = begin + split * size
     stop = tl.minimum(start + size, position)  # of what is in the cache: the new token is at hand
-    if PDL:
+    k_slot = h.to(tl.int64) * SLOTS
+    v_slot = (KV_HEADS + h).to(tl.int64) * SLOTS
+    if PDL:  # what earlier steps cached can be on its way while the projection before this is at work
+        WIDTH: tl.constexpr = D if EIGHT else 2 * D  # bytes of a token
+        used = tl.maximum(stop - start, 1) * WIDTH
+        call(kv_ptr + (k_slot + start) * D, used, LEAST * WIDTH)
+        call(kv_ptr + (v_slot + start) * D, used, LEAST * WIDTH)
         tl.extra.cuda.gdc_wait()
 
     g = tl.arange(0, GP)[:, None]
@@ -112,8 +118,6 @@ def attend(
     k = _head(qkv_ptr + (KV_HEADS * G + h) * D, k_norm_ptr, cos_ptr, sin_ptr, d, d < D, D, DIMS, K_EPS)
     v = tl.load(qkv_ptr + (KV_HEADS * G + KV_HEADS + h) * D + d, mask=d < D, other=0.0)
     q = q.to(KIND)
-    k_slot = h.to(tl.int64) * SLOTS
-    v_slot = (KV_HEADS + h).to(tl.int64) * SLOTS
     newest = split == parts - 1
     if EIGHT:
         k8, k_scale = _eight(k)

@@ -119,17 +119,47 @@ def quantize(x_ptr, q_ptr, s_ptr, K, BLOCKS, XC, C: tl.constexpr, FOLD: tl.const
 
 
 @triton.jit
-def _call_rows(w_ptr, rows, WORDS: tl.constexpr, FIRST: tl.constexpr):
-    """Ask for words [FIRST, WORDS) of ``rows`` to be brought into L2, a cache line of 32 words at a time."""
-    LINES: tl.constexpr = (WORDS - FIRST + 31) // 32
-    BL: tl.constexpr = triton.next_power_of_2(LINES)
-    line = FIRST + tl.minimum(tl.arange(0, BL), LINES - 1) * 32
-    address = (w_ptr + (rows[None, :] * WORDS + line[:, None])).to(tl.int64)
+def call(ptr, used, BYTES: tl.constexpr):
+    """Ask for the first BYTES from each of ``ptr`` on, at most ``used`` of them, to be brought into L2."""
+    LINES: tl.constexpr = (BYTES + 127) // 128
+    line = tl.arange(0, triton.next_power_of_2(LINES))[:, None] * 128
+    address = ptr.to(tl.int64) + tl.minimum(tl.minimum(line, (LINES - 1) * 128), used - 1)
     tl.inline_asm_elementwise(_PREFETCH, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
+def _call_rows(w_ptr, rows, WORDS: tl.constexpr, FIRST: tl.constexpr):
+    """Ask for words [FIRST, WORDS) of ``rows`` to be brought into L2, a cache line of 32 words at a time."""
+    call((w_ptr + (rows[None, :] * WORDS + FIRST)), (WORDS - FIRST) * 4, (WORDS - FIRST) * 4)
+
+
+@triton.jit
+def first_weights(
+    w_ptr,
+    s_ptr,
+    rows,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    BITS: tl.constexpr,
+    BW: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """The weights of ``rows`` that ``row_products`` begins with; with AHEAD the others are called into L2."""
+    C: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # codes a column
+    COLS: tl.constexpr = (K + C - 1) // C
+    RUNS: tl.constexpr = 3 if BITS == 3 else 1
+    begun = _load(w_ptr + rows[None, :] * (RUNS * COLS), s_ptr + rows[None, :] * (K // G), 0, K, G, BITS, BW)
+    if AHEAD and COLS > BW:
+        _call_rows(w_ptr, rows, RUNS * COLS, 0 if BITS == 3 else BW)
+    return begun
+
+
+@triton.jit
 def row_products(
+    w,
+    w1,
+    high,
+    s,
     w_ptr,
     s_ptr,
     q_ptr,
@@ -141,16 +171,12 @@ def row_products(
     XC: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
-    PDL: tl.constexpr,
-    AHEAD: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Σₖ s[n, k // G] · (code[n, k] − 2^(BITS−1)) · x[k] for ``rows`` n, int [BN] within the matrix: float32 [BN].
 
-    Where a row has one scale, G == K, it is left to the caller. Walks K in steps of BW columns with the next step's
-    weights already under way. With PDL the first of them are loaded, and with AHEAD all others called into L2, before
-    the kernel waits for the one before it, whose activations it reads; the wait stands before the loop, because Triton
-    3.7.1 moves loads over one inside.
+    w, w1, high and s are what ``first_weights`` gave. Where a row has one scale, G == K, it is left to the caller.
+    Walks K in steps of BW columns with the next step's weights already under way.
     """
     C: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # codes a column
     COLS: tl.constexpr = (K + C - 1) // C
@@ -163,11 +189,6 @@ def row_products(
     w_row = w_ptr + rows[None, :] * (RUNS * COLS)
     s_row = s_ptr + rows[None, :] * (K // G)
     acc = tl.zeros([BU, BN], dtype=tl.float32)
-    w, w1, high, s = _load(w_row, s_row, 0, K, G, BITS, BW)
-    if PDL:
-        if AHEAD and COLS > BW:
-            _call_rows(w_ptr, rows, RUNS * COLS, 0 if BITS == 3 else BW)
-        tl.extra.cuda.gdc_wait()
     for k0 in tl.static_range(0, COLS, BW):
         if k0 + BW < COLS:
             ahead = _load(w_row, s_row, k0 + BW, K, G, BITS, BW)
@@ -227,7 +248,8 @@ def gemv(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + safe)
 
-    y = row_products(w_ptr, s_ptr, q_ptr, xs_ptr, safe, K, G, BITS, XC, BN, BW, False, False, EMULATE)
+    w, w1, high, s = first_weights(w_ptr, s_ptr, safe, K, G, BITS, BW, False)
+    y = row_products(w, w1, high, s, w_ptr, s_ptr, q_ptr, xs_ptr, safe, K, G, BITS, XC, BN, BW, EMULATE)
     if G == K:
         y *= row_scale
     if HAS_BIAS:

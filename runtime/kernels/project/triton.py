@@ -13,16 +13,16 @@ import triton
 import triton.language as tl
 
 from lbq.runtime.kernels.arrivals import arrived
-from lbq.runtime.kernels.gemv.triton import row_products, store_planes
+from lbq.runtime.kernels.gemv.triton import first_weights, row_products, store_planes
 from lbq.runtime.kernels.planes.triton import activate, store_normed
 
 
 @triton.jit
-def _rstd(squares_ptr, K: tl.constexpr, EPS: tl.constexpr):
-    """1/√(mean(x²) + EPS) of x [K] from its sums of squares [⌈K/32⌉]."""
+def _squares(squares_ptr, K: tl.constexpr):
+    """The sums of squares of x [K], [⌈K/32⌉] padded with zeros: their sum / K is the mean square."""
     BLOCKS: tl.constexpr = (K + 31) // 32
     b = tl.arange(0, triton.next_power_of_2(BLOCKS))
-    return tl.rsqrt(tl.sum(tl.load(squares_ptr + b, mask=b < BLOCKS, other=0.0), axis=0) / K + EPS)
+    return tl.load(squares_ptr + b, mask=b < BLOCKS, other=0.0)
 
 
 @triton.jit
@@ -102,18 +102,28 @@ def project(
         row_scale = tl.load(s_ptr + rows).to(tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + rows)
-    y = row_products(w_ptr, s_ptr, q_ptr, xs_ptr, rows, K, G, BITS, XC, BN, BW, PDL, AHEAD, EMULATE)
+    # With PDL the first weights are under way before the wait for the kernel that makes the activations; the wait
+    # stands before the loop, because Triton 3.7.1 moves loads over one inside.
+    w, w1, high, s = first_weights(w_ptr, s_ptr, rows, K, G, BITS, BW, PDL and AHEAD)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if NORMED:
+        squares = _squares(squares_ptr, K)
+    if KIND == "add":
+        # Not through L1, which may hold the line from before other programs wrote their part of it.
+        stream = tl.load(y_ptr + out, mask=out < N, other=0.0, cache_modifier=".cg")
+    y = row_products(w, w1, high, s, w_ptr, s_ptr, q_ptr, xs_ptr, rows, K, G, BITS, XC, BN, BW, EMULATE)
     if G == K:
         y *= row_scale
     if NORMED:
-        y *= _rstd(squares_ptr, K, EPS)
+        y *= tl.rsqrt(tl.sum(squares, axis=0) / K + EPS)
     if HAS_BIAS:
         y += bias
     if KIND == "gated":
         gate, up = tl.split(y.reshape(R, 2))
         y = activate(gate, ACTIVATION) * up
     if KIND == "add":
-        y += tl.load(y_ptr + out, mask=out < N, other=0.0)
+        y += stream
 
     if C_OUT == 0:
         tl.store(y_ptr + out, y, mask=out < N)
@@ -175,6 +185,7 @@ def project_dense(
     w = tl.load(w_row + k[:, None], mask=(k < K)[:, None], other=0.0, eviction_policy="evict_first")
     if PDL:
         tl.extra.cuda.gdc_wait()
+    squares = _squares(squares_ptr, K)
     for k0 in tl.static_range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         if k0 + BK < K:
@@ -186,7 +197,7 @@ def project_dense(
         acc += w.to(tl.float32) * x[:, None]
         if k0 + BK < K:
             w = w_ahead
-    y = tl.sum(acc, axis=0) * _rstd(squares_ptr, K, EPS)
+    y = tl.sum(acc, axis=0) * tl.rsqrt(tl.sum(squares, axis=0) / K + EPS)
     if HAS_BIAS:
         y += bias
     tl.store(y_ptr + rows, y, mask=rows < N)

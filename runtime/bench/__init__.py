@@ -1,0 +1,1 @@
+"""What a GPU can do, without downloading anything: random weights of known shapes, and clocks."""

@@ -1,0 +1,146 @@
+"""Finding a plan for one model on one GPU: coordinate descent over the time of the whole step.
+
+Kernels that win alone do not win in the chain, where each starts while the one before it ends; so every candidate is
+timed in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from lbq.runtime.decoder import Decoder
+from lbq.runtime.fused.plan import ROLES, Plan, Role
+from lbq.runtime.fused.step import FusedStep
+from lbq.runtime.kernels.attention import Heads, Split
+from lbq.runtime.kernels.gemv import ArrangedWeight, Tile
+from lbq.runtime.kernels.gemv.tiles import codes_a_column
+
+STEPS = 128  # the most words a thread opens in a fully unrolled kernel
+
+ORDER: tuple[Role, ...] = ("gate_up", "down", "qkv", "out", "head")  # most time first
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One plan and the seconds its step took; NaN where it would not run."""
+
+    what: str
+    plan: Plan
+    seconds: float
+
+
+def tiles(role: Role, k: int, bits: int) -> list[Tile]:
+    """Tiles that leave less than half of their threads idle, and whose unrolled steps stay few."""
+    columns = -(-k // codes_a_column(bits))
+    least = 2 if role == "gate_up" else 1
+    found = [Tile(r * least, 128 * w, w) for r in (1, 2, 4) for w in (1, 2, 4)]
+    found += [Tile(r, c, w) for r, c, w in ((16, 32, 2), (16, 64, 4), (8, 64, 4), (8, 128, 8))]
+    if role in ("out", "down", "gate_up"):  # programs that own whole blocks of 32 outputs
+        found += [Tile(32 * least, c, w) for c, w in ((32, 2), (32, 4), (64, 4), (64, 8), (128, 8), (128, 16))]
+    found = [t for t in found if t.columns < 2 * columns or t.columns == 32]
+    return [t for t in found if t.rows * t.columns // (32 * t.warps) * -(-columns // t.columns) <= STEPS]
+
+
+def splits(now: Split) -> list[Split]:
+    """Other ways to cut a cache."""
+    found = [
+        Split(now.splits, block, least, stages, warps)
+        for block, least, stages, warps in (
+            (32, 32, 2, 2),
+            (64, 64, 2, 4),
+            (64, 64, 3, 4),
+            (64, 128, 2, 4),
+            (64, 256, 3, 4),
+            (128, 128, 2, 4),
+            (32, 64, 3, 2),
+        )
+    ]
+    return [s for s in (*found, replace(now, splits=max(1, now.splits // 2))) if s != now]
+
+
+def candidates(plan: Plan, role: Role, weight: ArrangedWeight, sm_count: int) -> Iterator[Plan]:
+    """``plan`` with other tiles for ``role``."""
+    now = plan.projecting(role, weight, sm_count)
+    for tile in tiles(role, weight.k, weight.bits):
+        if tile != now.tile:
+            yield plan.with_role(role, replace(now, tile=tile, apart=False))
+
+
+def variants(plan: Plan, role: Role, weight: ArrangedWeight, sm_count: int) -> Iterator[Plan]:
+    """``plan`` with ``role``'s tile as it is, and the other choices about it turned round."""
+    now = plan.projecting(role, weight, sm_count)
+    if plan.pdl:
+        yield plan.with_role(role, replace(now, ahead=not now.ahead))
+    if role in ("out", "gate_up", "down"):
+        yield plan.with_role(role, replace(now, apart=not now.apart))
+
+
+def step_weights(decoder: Decoder) -> dict[Role, ArrangedWeight]:
+    """The first layer's weights, by role: what the candidates are made for."""
+    step = FusedStep(decoder, 1, Plan())
+    found: dict[Role, ArrangedWeight] = {}
+    for role in ROLES:
+        product = step.head if role == "head" else getattr(step.layers[0], role)
+        if product is not None:
+            found[role] = product.weight
+    return found
+
+
+def first_heads(decoder: Decoder) -> Heads:
+    """The shape of the first layer's attention."""
+    return FusedStep(decoder, 1, Plan()).layers[0].attention.heads
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a descent needs to know and to call."""
+
+    decoder: Decoder
+    sm_count: int
+    seconds: Callable[[Plan], float]  # a step's, under a plan
+    prepare: Callable[[list[Plan]], None]  # plans that will be timed soon: their kernels may be compiled together
+    left: Callable[[], float]  # seconds that may still be spent
+    most: int | None = None  # candidates of a role
+
+    def descend(self, plan: Plan) -> list[Tried]:
+        """Try candidates role by role, keeping what is faster; the last of the list is the plan that won.
+
+        Tiles first, then for each role the ways to hand planes on and to wait, then how attention cuts the cache. Ends
+        early, with what it has, when no time is left.
+        """
+        tried = [Tried("rule", plan, self.seconds(plan))]
+        best, weights = tried[0], step_weights(self.decoder)
+        for role in ORDER:
+            if role in weights:
+                best = self._attempt(
+                    tried, best, f"{role} tile", candidates(best.plan, role, weights[role], self.sm_count)
+                )
+        turned = [variant for role in weights for variant in variants(best.plan, role, weights[role], self.sm_count)]
+        self.prepare(turned)
+        for role, weight in weights.items():
+            best = self._attempt(tried, best, f"{role} way", variants(best.plan, role, weight, self.sm_count))
+        now = best.plan.splitting(first_heads(self.decoder), self.sm_count)
+        best = self._attempt(tried, best, "split", [replace(best.plan, split=split) for split in splits(now)])
+        return [*tried, replace(best, what="best")]
+
+    def _attempt(self, tried: list[Tried], best: Tried, what: str, plans: Iterable[Plan]) -> Tried:
+        for one in list(plans)[: self.most]:
+            if self.left() <= 0:
+                break
+            try:
+                found = Tried(what, one, self.seconds(one))
+            except Exception as error:  # a tile that is too large for this GPU, say: no candidate
+                found = Tried(f"{what}: {type(error).__name__}: {error}"[:200], one, float("nan"))
+            tried.append(found)
+            if found.seconds < best.seconds:
+                best = found
+        return best
+
+    def first_candidates(self, plan: Plan) -> list[Plan]:
+        """What a descent from ``plan`` will try, as far as it is known before anything is timed."""
+        found = [plan]
+        for role, weight in step_weights(self.decoder).items():
+            found += list(candidates(plan, role, weight, self.sm_count))[: self.most]
+        now = plan.splitting(first_heads(self.decoder), self.sm_count)
+        return found + [replace(plan, split=split) for split in splits(now)[: self.most]]
