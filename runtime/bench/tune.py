@@ -79,12 +79,7 @@ def variants(plan: Plan, role: Role, weight: ArrangedWeight, sm_count: int) -> I
 def step_weights(decoder: Decoder) -> dict[Role, ArrangedWeight]:
     """The first layer's weights, by role: what the candidates are made for."""
     step = FusedStep(decoder, 1, Plan())
-    found: dict[Role, ArrangedWeight] = {}
-    for role in ROLES:
-        product = step.head if role == "head" else getattr(step.layers[0], role)
-        if product is not None:
-            found[role] = product.weight
-    return found
+    return {role: step.products(role)[0].weight for role in ROLES if step.products(role)}
 
 
 def first_heads(decoder: Decoder) -> Heads:

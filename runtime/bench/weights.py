@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lbq.formats.packing import PackedWeight, packed_words
-from lbq.formats.spec import ModelSpec, Projection
+from lbq.formats.spec import ModelSpec
 from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
 from lbq.runtime.kernels.linear import Linear
 
@@ -30,17 +30,17 @@ class RandomWeights:
         p = self._projections[module]
         bits = 8 if module == self.spec.head.name else self._bits
         group = p.in_features if bits == 8 or p.in_features % self._group else self._group
-        return self._draw(p, bits, group)
+        return self.draw(p.out_features, p.in_features, bits, group)
 
-    def _draw(self, p: Projection, bits: int, group: int) -> PackedWeight:
-        shape = (p.out_features, packed_words(p.in_features, bits))
+    def draw(self, n: int, k: int, bits: int, group: int) -> PackedWeight:
+        """A matrix [n, k] whose product with a normal vector is about as large as that."""
+        shape = (n, packed_words(k, bits))
         words = torch.randint(
             -(2**31), 2**31 - 1, shape, dtype=torch.int32, device=self._device, generator=self._random
         )
         codes = 2.0**bits / 12**0.5  # the standard deviation of uniform codes
-        unit = torch.randn(p.out_features, p.in_features // group, device=self._device, generator=self._random)
-        scales = (1 + 0.2 * unit).bfloat16() / (codes * p.in_features**0.5)
-        return PackedWeight(words, scales.bfloat16(), bits, group, p.in_features)
+        unit = torch.randn(n, k // group, device=self._device, generator=self._random)
+        return PackedWeight(words, ((1 + 0.2 * unit) / (codes * k**0.5)).bfloat16(), bits, group, k)
 
     def dense(self, name: str) -> torch.Tensor:
         """The embedding, or a norm's weights."""

@@ -14,7 +14,7 @@ import torch
 from lbq.runtime.attention import AttentionMixer
 from lbq.runtime.cache import DecoderState, KVCache
 from lbq.runtime.decoder import Decoder, DecoderLayer
-from lbq.runtime.fused.plan import Plan, Projecting, Role
+from lbq.runtime.fused.plan import ROLES, Plan, Projecting, Role
 from lbq.runtime.kernels import attention, planes
 from lbq.runtime.kernels.attention import Cache, Heads, Norms, Scratch, Split
 from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
@@ -183,11 +183,19 @@ class FusedStep:
         if isinstance(head, CudaLinear):
             self.head = self._product("head", head, self._last.to, self.logits)
 
+    def products(self, role: Role) -> list[Product]:
+        """The projections of ``role``: one a layer, or the head's where it is packed."""
+        if role == "head":
+            return [] if self.head is None else [self.head]
+        found: list[Product] = [getattr(layer, role) for layer in self.layers]
+        return found
+
     @property
     def launches(self) -> int:
         """Kernels a step."""
-        parts = [p for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        return 2 + len(parts) + len(self.layers) + sum(p.how.apart and p.to is not None for p in parts)
+        layers = [product for role in ROLES if role != "head" for product in self.products(role)]
+        apart = sum(product.how.apart and product.to is not None for product in layers)
+        return 2 + len(layers) + len(self.layers) + apart
 
     @torch.inference_mode()
     def run(self, token: torch.Tensor, position: torch.Tensor, state: DecoderState) -> torch.Tensor:

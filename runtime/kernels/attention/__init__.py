@@ -96,6 +96,11 @@ def why_not(heads: Heads) -> str | None:
     return None
 
 
+def _together(heads: Heads, warps: int) -> int:
+    """Parts that a merge adds in one step: what leaves a thread's registers room."""
+    return int(max(1, min(8, next_power_of_2(512 * warps // (heads.group * heads.dim) + 1) // 2)))
+
+
 def attend(
     qkv: torch.Tensor,
     heads: Heads,
@@ -160,6 +165,7 @@ def attend(
         BLOCK=split.block,
         STAGES=split.stages,
         EIGHT=eight,
+        TOGETHER=_together(heads, split.warps),
         C_OUT=columns,
         XC_OUT=width,
         FOLD_OUT=fold,

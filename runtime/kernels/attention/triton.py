@@ -70,6 +70,7 @@ def attend(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     EIGHT: tl.constexpr,
+    TOGETHER: tl.constexpr,
     C_OUT: tl.constexpr,
     XC_OUT: tl.constexpr,
     FOLD_OUT: tl.constexpr,
@@ -174,7 +175,21 @@ def attend(
     tl.store(sum_ptr + at + row, tl.sum(weights, axis=1), mask=row < G)
     if arrived(arrivals_ptr, h, parts):
         _merge(
-            part_ptr, peak_ptr, sum_ptr, q_out_ptr, s_out_ptr, h, parts, KV_HEADS, G, D, SPLITS, C_OUT, XC_OUT, FOLD_OUT
+            part_ptr,
+            peak_ptr,
+            sum_ptr,
+            q_out_ptr,
+            s_out_ptr,
+            h,
+            parts,
+            KV_HEADS,
+            G,
+            D,
+            SPLITS,
+            TOGETHER,
+            C_OUT,
+            XC_OUT,
+            FOLD_OUT,
         )
 
 
@@ -198,12 +213,12 @@ def _merge(
     G: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     C: tl.constexpr,
     XC: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """The parts of the heads that share keys ``h``, AT_ONCE of them a step, into planes of whole blocks of 32."""
-    AT_ONCE: tl.constexpr = 4
+    """The parts of the heads that share keys ``h``, TOGETHER of them a step, into planes of whole blocks of 32."""
     BLOCKS: tl.constexpr = G * D // 32
     BP: tl.constexpr = triton.next_power_of_2(BLOCKS)
     b = tl.arange(0, BP)
@@ -212,8 +227,8 @@ def _merge(
     peak = tl.where(inside, _LOWEST, 0.0)
     total = tl.zeros([BP, 32], dtype=tl.float32)
     out = tl.zeros([BP, 32], dtype=tl.float32)
-    for first in tl.range(0, parts, AT_ONCE):
-        part = first + tl.arange(0, AT_ONCE)[:, None, None]
+    for first in tl.range(0, parts, TOGETHER):
+        part = first + tl.arange(0, TOGETHER)[:, None, None]
         there = (part < parts) & inside[None]
         row = (h * SPLITS + part) * G + (e // D)[None]
         peaks = tl.load(peak_ptr + row, mask=there, other=_LOWEST, cache_modifier=".cg")

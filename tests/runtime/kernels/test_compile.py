@@ -158,6 +158,7 @@ def _attend(capability: int, group: int, dim: int, *, eight: bool = False, pdl: 
         "BLOCK": 64,
         "STAGES": 2,
         "EIGHT": eight,
+        "TOGETHER": 4,
         "C_OUT": 8,
         "XC_OUT": plane_columns(8 * group * dim, 4),
         "FOLD_OUT": 0.0625,

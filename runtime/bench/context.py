@@ -1,0 +1,110 @@
+"""What the parts of a bench share: a device and its clock, time that is left, tables, models of random weights."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from lbq.runtime.bench.shapes import SHAPES
+from lbq.runtime.bench.timing import Clock
+from lbq.runtime.bench.weights import DeviceKernels, RandomWeights
+from lbq.runtime.binding import bind
+from lbq.runtime.cache import DecoderState, KVCache
+from lbq.runtime.decoder import Decoder
+from lbq.runtime.engine import DecoderEngine
+from lbq.runtime.fused.plan import Plan
+from lbq.runtime.kernels.gemv import sm_count
+
+GROUP, PROMPT, NEW = 256, 128, 256
+
+
+@dataclass(frozen=True)
+class Model:
+    """Random weights of a known shape."""
+
+    shape: str
+    bits: int
+
+    def __str__(self) -> str:
+        return f"{self.shape} INT{self.bits}"
+
+    def decoder(self, device: torch.device, *, layers: int | None = None, exact: bool = False) -> Decoder:
+        shape = SHAPES[self.shape]
+        shape = shape if layers is None else replace(shape, layers=layers)
+        group = 32 if self.shape == "toy" else GROUP
+        return bind(RandomWeights(shape.spec(), self.bits, group, device), DeviceKernels(device, exact)).decoder
+
+
+@dataclass
+class Bench:
+    """What all parts share."""
+
+    device: torch.device
+    clock: Clock
+    pdl: bool
+    deadline: float
+    toy: bool
+    lines: list[str] = field(default_factory=list)
+    copy: float = 1e9
+    best: dict[Model, Plan] = field(default_factory=dict)
+    pool: ProcessPoolExecutor | None = None
+
+    @property
+    def sms(self) -> int:
+        return sm_count(self.device)
+
+    @property
+    def new(self) -> int:
+        return 2 if self.toy else NEW
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def say(self, line: str = "") -> None:
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def part(self, what: str, run: Callable[[], None], *, least: float = 5.0) -> None:
+        """Run one part if there is time for it; a failure is told and does not end the rest."""
+        self.say(f"\n## {what}\n")
+        if self.left() < least:
+            self.say("Left out: no time left.")
+            return
+        began = time.monotonic()
+        try:
+            run()
+        except Exception:
+            self.say("FAILED\n```\n" + traceback.format_exc(limit=12) + "```")
+        try:
+            self.clock.synchronize()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        except Exception as error:
+            self.say("The device is lost: run the other parts in a new process.")
+            raise SystemExit(1) from error
+        self.say(f"\n({time.monotonic() - began:.1f} s)")
+
+
+def state_at(decoder: Decoder, slots: int, position: int, seed: int = 3) -> DecoderState:
+    """Caches of random keys and values before ``position``."""
+    state = decoder.new_state(slots, dtype=torch.float16, fixed=True)
+    random = torch.Generator(decoder.device).manual_seed(seed)
+    for layer in state.layers:
+        assert isinstance(layer, KVCache)
+        layer.kv[:, :, :position].normal_(generator=random)
+    state.length = position
+    return state
+
+
+def put(engine: DecoderEngine, state: DecoderState) -> None:
+    """Make ``engine`` hold what ``state`` holds."""
+    for to, was in zip(engine._state.layers, state.layers, strict=True):
+        assert isinstance(to, KVCache)
+        assert isinstance(was, KVCache)
+        to.kv[:, :, : state.length] = was.kv[:, :, : state.length]
+    engine._state.length = state.length
