@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from lbq.runtime.devices import device_errors
-from lbq.runtime.text.generation import Engine, GenerationOptions
+from lbq.runtime.text.generation import Engine, GenerationOptions, Streams
+from lbq.runtime.text.sampling import SamplingOptions
 
 
 class TrackedEngine:
@@ -61,6 +62,25 @@ class TrackedEngine:
         return next((i for i in range(most) if self._ids[i] != ids[i]), most)
 
 
+class TrackedStream(TrackedEngine):
+    """The same of an engine that chooses tokens itself: ``generation.Streams``."""
+
+    def __init__(self, engine: Engine) -> None:
+        assert isinstance(engine, Streams)
+        super().__init__(engine)
+        self._streams: Streams = engine
+
+    def stream(
+        self, logits: torch.Tensor, options: SamplingOptions, prompt: Sequence[int], most: int
+    ) -> Generator[int, None, None]:
+        last: int | None = None
+        for token in self._streams.stream(logits, options, prompt, most):
+            if last is not None:
+                self._ids.append(last)
+            last = token
+            yield token
+
+
 class EnginePool:
     """Gives each text an engine of its own, and keeps one of those not in use. Not for use from several threads."""
 
@@ -80,7 +100,8 @@ class EnginePool:
         taken, self.idle = self.idle, None
         with device_errors():
             if taken is None:
-                taken = TrackedEngine(self._make())
+                made = self._make()
+                taken = TrackedStream(made) if isinstance(made, Streams) else TrackedEngine(made)
             try:
                 yield taken
             except (GeneratorExit, KeyboardInterrupt):  # the reader stopped; the state is sound up to what is known

@@ -23,7 +23,7 @@ import triton
 from lbq.runtime.bench.checks import check_kernels, check_step
 from lbq.runtime.bench.compiling import start_pool, wait_for
 from lbq.runtime.bench.context import Bench, Model
-from lbq.runtime.bench.details import depths, int8_caches, sampling
+from lbq.runtime.bench.details import batches, depths, int8_caches, sampling
 from lbq.runtime.bench.models import tune_model
 from lbq.runtime.bench.timing import Clock
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
@@ -45,10 +45,9 @@ def run_all(bench: Bench, models: list[Model]) -> None:
     for model in models:
         bench.part(str(model), partial(tune_model, bench, model), least=25)
     bench.part(f"Depth, {first}", lambda: depths(bench, first), least=25)
+    bench.part(f"Several tokens, {first}", lambda: batches(bench, first), least=25)
     bench.part("Attention of one layer", lambda: int8_caches(bench), least=20)
     bench.part("Choosing a token", lambda: sampling(bench))
-    if bench.pool is not None:
-        bench.pool.shutdown(cancel_futures=True)
 
 
 def parse() -> argparse.Namespace:
@@ -66,7 +65,8 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
     device = torch.device("cpu") if arguments.toy else torch.device("cuda", torch.cuda.current_device())
     pdl = not arguments.toy and torch.cuda.get_device_capability() >= (9, 0)
-    bench = Bench(device, Clock(device), pdl, time.monotonic() + arguments.budget, arguments.toy)
+    budget = 1e9 if arguments.toy else arguments.budget
+    bench = Bench(device, Clock(device), pdl, time.monotonic() + budget, arguments.toy)
     name = "a CPU, in Triton's interpreter" if arguments.toy else torch.cuda.get_device_name()
     bench.say(f"# Fused decode on {name}: torch {torch.__version__}, Triton {triton.__version__}, PDL {pdl}")
     names = "toy:4" if arguments.toy else arguments.models
@@ -74,11 +74,13 @@ def main() -> int:
     try:
         run_all(bench, models)
     finally:
+        if bench.pool is not None:
+            bench.pool.shutdown(cancel_futures=True)
+        bad = sum("**" in line or "FAILED" in line for line in bench.lines)
+        bench.say("\n" + (f"{bad} lines tell of faults." if bad else "No faults."))
         if arguments.out:
             with open(arguments.out, "w", encoding="utf-8") as file:
                 file.write("\n".join(bench.lines) + "\n")
-    bad = [line for line in bench.lines if "**" in line or "FAILED" in line]
-    bench.say("\n" + (f"{len(bad)} lines tell of faults." if bad else "No faults."))
     return 1 if bad else 0
 
 

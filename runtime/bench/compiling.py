@@ -13,12 +13,15 @@ from typing import Literal
 import torch
 
 from lbq.runtime.bench.context import Bench, Model
-from lbq.runtime.bench.tune import Search
+from lbq.runtime.bench.tune import Search, step_weights
 from lbq.runtime.cache import KVCache
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine_cuda import CudaEngine
 from lbq.runtime.fused.plan import ROLES, Plan, Role
 from lbq.runtime.fused.step import FusedStep
+from lbq.runtime.kernels import batch
+
+BATCH_WARPS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ class Job:
     """One kernel of a plan, or with no role the present engine's."""
 
     model: Model
-    role: Role | Literal["attention"] | None
+    role: Role | Literal["attention", "batch"] | None
     plan: Plan
+    warps: int = 0  # of a program of "batch"
 
 
 @cache
@@ -48,6 +52,8 @@ def compile_job(job: Job) -> str | None:
         decoder = _made[job.model]
         if job.role is None:
             CudaEngine(decoder, 256, graphs=False).decode(1)
+        elif job.role == "batch":
+            _launch_batches(decoder, job.warps)
         else:
             step = FusedStep(decoder, 256, job.plan)
             if job.role == "attention":
@@ -61,6 +67,15 @@ def compile_job(job: Job) -> str | None:
     except Exception as error:
         return f"{job.model} {job.role}: {type(error).__name__}: {error}"[:300]
     return None
+
+
+def _launch_batches(decoder: Decoder, warps: int) -> None:
+    """All that ``details.batches`` launches with so many warps a program."""
+    for weight in step_weights(decoder).values():
+        for tokens in (4, 8, 16):
+            x = torch.randn(tokens, weight.k, device=decoder.device)
+            if batch.why_not(weight) is None:
+                batch.batch(batch.planes(x, weight.bits), weight, warps=warps)
 
 
 def jobs_of(model: Model, plans: list[Plan]) -> list[Job]:
@@ -91,6 +106,8 @@ def start_pool(bench: Bench, models: list[Model]) -> list[Future[str | None]]:
         search = Search(decoder, bench.sms, lambda _: 0.0, lambda _: None, bench.left)
         plans = [*search.first_candidates(Plan(pdl=bench.pdl)), Plan(pdl=False)]
         jobs += [Job(model, None, Plan()), *jobs_of(model, plans)]
+        if model.shape == models[0].shape:
+            jobs += [Job(model, "batch", Plan(), warps) for warps in BATCH_WARPS]
     bench.say(f"{len(jobs)} kernels are compiled on {cores} cores meanwhile.")
     return [bench.pool.submit(compile_job, job) for job in jobs]
 

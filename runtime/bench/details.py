@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from lbq.formats.packing import PackedWeight
+from lbq.runtime.bench.checks import relative_error
+from lbq.runtime.bench.compiling import BATCH_WARPS
 from lbq.runtime.bench.context import Bench, Model, state_at
 from lbq.runtime.bench.models import kv_bytes, weight_bytes
+from lbq.runtime.bench.tune import step_weights
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
+from lbq.runtime.kernels import batch, gemv
 from lbq.runtime.kernels.attention import Cache, Heads, Scratch, attend, split_for
+from lbq.runtime.kernels.gemv import ArrangedWeight
+from lbq.runtime.kernels.gemv.reference import gemv as float64_product
 from lbq.runtime.kernels.planes import Activations
 from lbq.runtime.kernels.sample import Chain, Choice, choose
 
@@ -39,6 +47,48 @@ def depths(bench: Bench, model: Model) -> None:
             cells.append((seconds, share))
         bench.say(f"| {depth} | {cells[0][0] * 1e6:.0f} | {cells[0][1]:.0%} | {cells[1][0] * 1e6:.0f} µs |")
         del state, step
+
+
+def batches(bench: Bench, model: Model) -> None:
+    """One layer's products for a few tokens: tensor cores in one pass, the present kernel's pass a token, torch."""
+    decoder = model.decoder(bench.device, layers=1)
+    bench.say("| product | tokens | tensor cores: best warps, µs, error | a pass a token, µs | torch BF16, µs |")
+    bench.say("|---|---|---|---|---|")
+    for role, weight in step_weights(decoder).items():
+        if role == "head" or batch.why_not(weight) is not None:
+            continue
+        for tokens in (3,) if bench.toy else (1, 2, 4, 8, 16):
+            best, error = _best_batch(bench, weight, tokens)
+            x = torch.randn(tokens, weight.k, device=bench.device)
+            passes = _cold(bench, weight, partial(gemv.gemv, gemv.quantize(x, weight.bits)))
+            dense = torch.randn(weight.n, weight.k, device=bench.device).bfloat16()
+            torchs = bench.clock.seconds([partial(torch.nn.functional.linear, x.bfloat16(), dense)], least=4)
+            cells = f"{best[1]} warps {best[0] * 1e6:.1f} err {error:.1e} | {passes * 1e6:.1f} | {torchs * 1e6:.1f}"
+            bench.say(f"| {role} {weight.n}×{weight.k} INT{weight.bits} | {tokens} | {cells} |")
+
+
+def _best_batch(bench: Bench, weight: ArrangedWeight, tokens: int) -> tuple[tuple[float, int], float]:
+    """Seconds and warps of the fastest, and its error."""
+    x = torch.randn(tokens, weight.k, device=bench.device)
+    planes = batch.planes(x, weight.bits)
+    most = batch.warps_for(1, weight.k, weight.bits, bench.sms)
+    times = [
+        (_cold(bench, weight, partial(batch.batch, planes, warps=warps)), warps)
+        for warps in BATCH_WARPS
+        if warps <= most
+    ]
+    best = min(times)
+    rows = min(weight.n, 4096)
+    first = PackedWeight(weight.words[:rows], weight.scales[:rows], weight.bits, weight.group, weight.k)
+    y = batch.batch(planes, weight, warps=best[1])[:, :rows]
+    return best, relative_error(y, float64_product(x, first))
+
+
+def _cold(bench: Bench, weight: ArrangedWeight, product: Callable[[ArrangedWeight], object]) -> float:
+    """Seconds of a product over copies of ``weight`` that exceed L2 together."""
+    copies = 2 if bench.toy else max(2, min(64, 300_000_000 // weight.nbytes))
+    weights = [weight, *(replace(weight, words=weight.words.clone()) for _ in range(copies - 1))]
+    return bench.clock.seconds([partial(product, one) for one in weights], replays=7)
 
 
 def int8_caches(bench: Bench) -> None:

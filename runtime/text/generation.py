@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 import torch
@@ -49,6 +49,21 @@ class Engine(Protocol):
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens; ``length`` is at most ``position``."""
+        ...
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """An engine that chooses tokens itself, and computes the step after one while its reader has it."""
+
+    def stream(
+        self, logits: torch.Tensor, options: SamplingOptions, prompt: Sequence[int], most: int
+    ) -> Generator[int, None, None]:
+        """At most ``most`` tokens that follow what the state holds, whose last ``logits`` are given.
+
+        At a token the state holds all before it; going on takes the token in. ``prompt``: ids that the repetition
+        penalty is for. Raises DataError as :class:`Sampler`.
+        """
         ...
 
 
@@ -177,6 +192,13 @@ def _tokens(
     most = room if options.max_tokens is None else min(room, options.max_tokens)
     engine.truncate(held)
     logits = engine.prefill(prompt_ids[held:])
+    full: Reason = "length" if most == options.max_tokens else "context"
+    if isinstance(engine, Streams):
+        for token in engine.stream(logits, options.sampling, prompt_ids, most):
+            if token in eos_ids:
+                return "eos"
+            yield token
+        return full
     for left in range(most - 1, -1, -1):
         token = sampler.choose(logits)
         if token in eos_ids:
@@ -184,7 +206,7 @@ def _tokens(
         yield token
         if left:
             logits = engine.decode(token)
-    return "length" if most == options.max_tokens else "context"
+    return full
 
 
 def stream_text(

@@ -17,6 +17,7 @@ from lbq.runtime.decoder import Decoder
 from lbq.runtime.devices import CudaDevice
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import CudaEngine
+from lbq.runtime.engines import EnginePool, TrackedEngine, TrackedStream
 from lbq.runtime.fused.engine import FusedEngine
 from lbq.runtime.fused.plan import Plan, Projecting
 from lbq.runtime.fused.step import why_not
@@ -25,6 +26,7 @@ from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
 from lbq.runtime.kernels.gemv import Tile
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
 from lbq.runtime.kernels.linear import Linear
+from lbq.runtime.text.generation import GenerationOptions, Streams, generate_tokens
 from lbq.runtime.text.sampling import SamplingOptions
 
 pytestmark = pytest.mark.gpu
@@ -142,6 +144,24 @@ def test_tokens_are_chosen_and_fed_back_on_the_device(make_tiny):
     expected.append(int(other.decode(expected[0]).argmax()))
     assert got == expected
     assert torch.equal(engine.decode(got[1]), other.decode(got[1]))
+
+
+def test_generation_streams_where_it_can(make_tiny):
+    """The loop of ``lbq run``, with tokens chosen on the device and on the host: the same text, the same state held."""
+    decoder = bind(make_tiny("llama3-rope", **{**SMALL, "num_hidden_layers": 1}).weights, Kernels()).decoder
+    options = GenerationOptions(max_tokens=3)
+    ended = []
+    for tracked in (TrackedStream(fused(decoder)), TrackedEngine(fused(decoder))):
+        assert isinstance(tracked, Streams) == isinstance(tracked, TrackedStream)
+        text = list(generate_tokens(tracked, IDS[:2], options, eos_ids=()))
+        assert tracked._engine.position == tracked.position == 4
+        stopped = generate_tokens(tracked, [*IDS[:2], *text], options, eos_ids=(), held=4)
+        ended.append((text, next(stopped)))
+        stopped.close()
+        assert tracked._engine.position == tracked.position == 5
+    assert ended[0] == ended[1]
+    with EnginePool(lambda: fused(decoder), CONTEXT).engine() as engine:
+        assert isinstance(engine, TrackedStream)
 
 
 def test_a_stream_ends_with_the_context_and_repeats_with_its_seed(make_tiny):

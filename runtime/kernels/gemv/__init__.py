@@ -73,12 +73,13 @@ def arrange(weight: PackedWeight) -> ArrangedWeight:
 
 @dataclass(frozen=True)
 class Planes:
-    """Activations [M, K] for weights of ``bits``: ``q`` int32 [M, 2, C/4, columns], ``scales`` float32 [M, ⌈K/32⌉]."""
+    """Activations [M, K] for weights of ``bits``: ``q`` int32 [M, 2, C/4, columns], ``scales`` [M, ⌈K/block⌉]."""
 
     q: torch.Tensor
-    scales: torch.Tensor
+    scales: torch.Tensor  # float32
     bits: int
     k: int
+    block: int = BLOCK
 
 
 def plane_columns(k: int, bits: int) -> int:
@@ -87,18 +88,22 @@ def plane_columns(k: int, bits: int) -> int:
     return -(-columns // 4) * 4
 
 
-def quantize(x: torch.Tensor, bits: int) -> Planes:
-    """float32, float16 or bfloat16 [M, K] → two int8 planes in the order in which weights of ``bits`` open."""
+def quantize(x: torch.Tensor, bits: int, block: int = BLOCK) -> Planes:
+    """float32, float16 or bfloat16 [M, K] → two int8 planes in the order in which weights of ``bits`` open.
+
+    One scale for ``block`` elements, at least 32: what is asked for elsewhere than in ``gemv`` may be larger.
+    """
     assert x.dim() == 2
     assert x.is_contiguous()
     m, k = x.shape
-    c, blocks, columns = codes_a_column(bits), -(-k // BLOCK), plane_columns(k, bits)
+    c, blocks, columns = codes_a_column(bits), -(-k // block), plane_columns(k, bits)
     q = torch.empty((m, 2, c // 4, columns), dtype=torch.int32, device=x.device)
     scales = torch.empty((m, blocks), dtype=torch.float32, device=x.device)
-    per_program = 16
-    grid = (cdiv(columns * c // BLOCK, per_program), m)
-    kernels.quantize[grid](x, q, scales, k, blocks, columns, C=c, FOLD=2.0 ** (bits - 8), BB=per_program, num_warps=4)
-    return Planes(q, scales, bits, k)
+    per_program = 16 * BLOCK // block
+    grid = (cdiv(columns * c, per_program * block), m)
+    fold = 2.0 ** (bits - 8)
+    kernels.quantize[grid](x, q, scales, k, blocks, columns, C=c, FOLD=fold, BB=per_program, SIZE=block, num_warps=4)
+    return Planes(q, scales, bits, k, block)
 
 
 @cache
@@ -118,6 +123,7 @@ def gemv(
     """W·x + bias for M tokens: ``out`` [M, N] of any float type, or a new float32 tensor. ``bias`` is float32 [N]."""
     assert x.bits == weight.bits
     assert x.k == weight.k
+    assert x.block == BLOCK
     m, n = x.q.shape[0], weight.n
     if out is None:
         out = torch.empty((m, n), dtype=torch.float32, device=weight.words.device)

@@ -79,8 +79,19 @@ def _load(w_row, s_row, k0, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
-def store_planes(x, block, q_ptr, s_ptr, BLOCKS, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr):
-    """Blocks x [BB, 32] of activations, zero past their end, into int8 planes q int32 [2, C/4, XC] and s [BLOCKS].
+def store_planes(
+    x,
+    block,
+    q_ptr,
+    s_ptr,
+    BLOCKS,
+    XC,
+    C: tl.constexpr,
+    FOLD: tl.constexpr,
+    BB: tl.constexpr,
+    SIZE: tl.constexpr = 32,
+):
+    """Blocks x [BB, SIZE] of activations, zero past their end, into int8 planes q int32 [2, C/4, XC] and s [BLOCKS].
 
     ``block`` [BB] are their numbers. Byte i of q[p, r, c] is plane p of element C·c + (C/4)·i + r;
     x = s / FOLD · (254·plane₀ + plane₁) within max|x| / 64516 of the block. A block with a NaN or an infinity gets a
@@ -98,8 +109,8 @@ def store_planes(x, block, q_ptr, s_ptr, BLOCKS, XC, C: tl.constexpr, FOLD: tl.c
     tl.store(s_ptr + block, scale, mask=block < BLOCKS)
 
     R: tl.constexpr = C // 4
-    CB: tl.constexpr = 32 // C  # columns a block
-    shift = (tl.arange(0, 32) // R % 4 * 8)[None, :]
+    CB: tl.constexpr = SIZE // C  # columns a block
+    shift = (tl.arange(0, SIZE) // R % 4 * 8)[None, :]
     c = block[:, None, None] * CB + tl.arange(0, CB)[None, :, None]
     r = tl.arange(0, R)[None, None, :]
     out = q_ptr + r * XC + c
@@ -109,13 +120,15 @@ def store_planes(x, block, q_ptr, s_ptr, BLOCKS, XC, C: tl.constexpr, FOLD: tl.c
 
 
 @triton.jit
-def quantize(x_ptr, q_ptr, s_ptr, K, BLOCKS, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr):
+def quantize(
+    x_ptr, q_ptr, s_ptr, K, BLOCKS, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr, SIZE: tl.constexpr
+):
     """Activations x [M, K] → planes q int32 [M, 2, C/4, XC] and scales s float32 [M, BLOCKS]: see ``store_planes``."""
     m = tl.program_id(1)
     block = tl.program_id(0) * BB + tl.arange(0, BB)
-    e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    e = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x = tl.load(x_ptr + m * K + e, mask=e < K, other=0.0).to(tl.float32)
-    store_planes(x, block, q_ptr + m * (2 * (C // 4) * XC), s_ptr + m * BLOCKS, BLOCKS, XC, C, FOLD, BB)
+    store_planes(x, block, q_ptr + m * (2 * (C // 4) * XC), s_ptr + m * BLOCKS, BLOCKS, XC, C, FOLD, BB, SIZE)
 
 
 @triton.jit

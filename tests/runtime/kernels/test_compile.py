@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lbq.runtime.kernels.attention import triton as attention
+from lbq.runtime.kernels.batch import triton as batch
 from lbq.runtime.kernels.dense import triton as dense
 from lbq.runtime.kernels.dequant import triton as dequant
 from lbq.runtime.kernels.gemv import Tile, plane_columns, tile
@@ -96,7 +97,7 @@ def test_one_compilation_for_any_number_of_rows_and_tokens(kernel: Any) -> None:
 def test_the_other_kernels(capability: int, tmp_path: Path) -> None:
     types = {"x_ptr": "*fp32", "q_ptr": "*i32", "s_ptr": "*fp32", "K": "i32", "BLOCKS": "i32", "XC": "i32"}
     for bits in (3, 4, 8):
-        constants = {"C": codes_a_column(bits), "FOLD": 2.0 ** (bits - 8), "BB": 16}
+        constants = {"C": codes_a_column(bits), "FOLD": 2.0 ** (bits - 8), "BB": 16, "SIZE": 32}
         _check(_compile(gemv.quantize, capability, 4, types, constants), tmp_path)
     types = {"src_ptr": "*i32", "dst_ptr": "*i32", "COUNT": "i32", "WORDS": "i32", "COLS": "i32"}
     _check(_compile(gemv.split_planes, capability, 4, types, {"BT": 256}), tmp_path)
@@ -251,3 +252,25 @@ def test_sampling(capability: int, tmp_path: Path) -> None:
         compiled = _compile(kernel, capability, 4, types, constants)
         _check(compiled, tmp_path)
         assert "lg2.approx" not in compiled.asm["ptx"]  # noise is made of logarithms close to 1
+
+
+@pytest.mark.parametrize("capability", SM_COUNTS)
+def test_batches(capability: int, tmp_path: Path) -> None:
+    types = {"w_ptr": "*i32", "s_ptr": "*bf16", "q_ptr": "*i32", "xs_ptr": "*fp32", "bias_ptr": "*fp32"}
+    types |= {"y_ptr": "*fp32", "N": "i32", "M": "i32"}
+    for bits, fours, warps in [(4, 2, 2), (4, 4, 8), (8, 2, 4)][: None if capability in SOME else 1]:
+        constants = {"K": 4096, "G": 4096 if bits == 8 else 256, "BITS": bits, "XC": plane_columns(4096, bits)}
+        constants |= {"FOURS": fours, "S": warps, "HAS_BIAS": True, "EMULATE": False}
+        compiled = _compile(batch.batch, capability, warps, types, constants)
+        loads = _check(compiled, tmp_path)
+        weights = [load for load in loads if "evict_first" in load]
+        assert weights
+        assert all(VECTOR in load for load in weights), loads
+        assert "mma.sync.aligned.m16n8k32" in compiled.asm["ptx"]
+        # What makes a load's registers the operands of the instruction: four threads a row, eight rows a warp.
+        layout = re.search(rf"tt\.load .*tensor<16x{8 * warps}x!tt\.ptr<i32>, (#\w+)>", compiled.asm["ttgir"])
+        assert layout is not None
+        wanted = f"sizePerThread = [4, 1], threadsPerWarp = [4, 8], warpsPerCTA = [1, {warps}], order = [0, 1]"
+        assert f"{layout.group(1)} = #ttg.blocked<{{{wanted}}}>" in compiled.asm["ttgir"]
+        for result in re.findall(r"elementwise_inline_asm .*-> (.*)", compiled.asm["ttgir"]):
+            assert set(re.findall(r"(#\w+)>", result)) == {layout.group(1)}

@@ -1,0 +1,74 @@
+"""The tensor-core assembly of ``batch``, executed lane by lane as the PTX manual defines its instructions."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from lbq.runtime.kernels.batch.triton import _assembly
+
+LANES = np.arange(32)
+GROUP, THREAD = LANES // 4, LANES % 4  # how a load of [16, 8] leaves it: four threads a row, eight rows
+
+
+def bytes_of(words: np.ndarray) -> np.ndarray:
+    """int8 [..., 4] of int32 [...]."""
+    words = np.asarray(words)
+    return words.reshape(-1).astype("<i4").view(np.int8).reshape(*words.shape, 4).astype(np.int64)
+
+
+def mma(a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray]) -> list[np.ndarray]:
+    """m16n8k32 of s8 (PTX ISA, "Matrix fragments for mma.m16n8k32"): registers of 32 lanes in, registers out."""
+    matrix_a, matrix_b = np.zeros((16, 32), np.int64), np.zeros((32, 8), np.int64)
+    for lane in LANES:
+        g, t = GROUP[lane], THREAD[lane]
+        for register, (row, column) in enumerate(((g, 0), (g + 8, 0), (g, 16), (g + 8, 16))):
+            matrix_a[row, column + 4 * t : column + 4 * t + 4] = bytes_of(a[register][lane])
+        for register, row in enumerate((0, 16)):
+            matrix_b[row + 4 * t : row + 4 * t + 4, g] = bytes_of(b[register][lane])
+    d = matrix_a @ matrix_b
+    places = [(GROUP, 2 * THREAD), (GROUP, 2 * THREAD + 1), (GROUP + 8, 2 * THREAD), (GROUP + 8, 2 * THREAD + 1)]
+    return [d[place] + old for place, old in zip(places, c, strict=True)]
+
+
+def execute(text: str, operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The few instructions that the assembly uses."""
+    registers = dict(operands)
+    for line in re.sub(r"^\{|\}$", "", text.strip()).split(";"):
+        words = re.findall(r"[a-z][\w.]*|\$\d+|-?\d+", line)
+        if not words or line.strip().startswith(".reg"):
+            continue
+        values = [registers[w] if w in registers else np.full(32, int(w)) if w.isdigit() else None for w in words]
+        if words[0].startswith("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"):
+            results = mma(values[5:9], values[9:11], values[11:15])
+            registers.update(zip(words[1:5], results, strict=True))
+        elif words[0] == "mad.lo.s32":
+            registers[words[1]] = values[2] * values[3] + values[4]
+        else:
+            assert words[0] in ("mov.b32", "cvt.rn.f32.s32")
+            registers[words[1]] = values[2]
+    return registers
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_of_a_tile_by_four_tokens(bits: int) -> None:
+    random = np.random.default_rng(bits)
+    halves = 8 // bits
+    # Opened words [halves, 16 words, 8 rows] of two blocks of rows, and planes [halves, 16 words, 8 = 4 tokens × 2].
+    low, high, x = (random.integers(-(2**31), 2**31, (halves, 16, 8)).astype(np.int64) for _ in range(3))
+    text, constraints = _assembly(bits)
+    assert constraints == ",".join(["=f"] * 8 + ["r"] * 12 * halves)
+    operands, number = {}, 8
+    for tensor in (low, high, x):
+        for half in range(halves):
+            for i in range(4):  # a thread's four words, as a load of 16 bytes leaves them
+                operands[f"${number}"] = tensor[half, 4 * THREAD + i, GROUP]
+                number += 1
+    results = execute(text, operands)
+    for first, rows in ((0, low), (4, high)):
+        sums = np.einsum("hkgb,hknb->gn", bytes_of(rows), bytes_of(x))
+        both = sums[:, 0::2] * 254 + sums[:, 1::2]  # [8 rows, 4 tokens]
+        assert np.array_equal(results[f"${first}"], both[GROUP, THREAD])
+        assert all(not results[f"${first + i}"].any() for i in (1, 2, 3))
