@@ -28,11 +28,13 @@ class Served:
 class Needs:
     """Bytes of memory, and the kernels of :func:`lbq.runtime.binding.bind`.
 
-    ``weights``: of linear layers and, on a GPU, the embedding, which a CPU reads from the mapped file. ``cache``: of
-    one text of ``context`` tokens. ``spare``: for activations, graphs and workspaces on a GPU.
+    ``stored``: of linear layers as files have them, which a token reads at least. ``weights``: of linear layers in the
+    kernels' arrangement and, on a GPU, the embedding, which a CPU reads from the mapped file. ``cache``: of one text of
+    ``context`` tokens. ``spare``: for activations, graphs and workspaces on a GPU.
     """
 
     units: tuple[Served, ...]
+    stored: int
     weights: int
     cache: int
     context: int
@@ -63,7 +65,8 @@ def needs(
     context = context or min(spec.context, CUDA_CONTEXT)
     cache = context * _token_bytes(spec, device.cache_dtype.itemsize)
     units = tuple(Served(name, matrix, by.kernel, by.fallback, n) for (name, matrix, by), n in counts.items())
-    return Needs(units, weights, cache, context, CUDA_SPARE if on_gpu else 0)
+    stored = sum(served.count * _stored_bytes(served.matrix) for served in units)
+    return Needs(units, stored, weights, cache, context, CUDA_SPARE if on_gpu else 0)
 
 
 def _matrix(unit: tuple[Projection, ...], quantized: Mapping[str, QuantizedModule]) -> Matrix:

@@ -69,7 +69,7 @@ def main() -> int:
     bench = Bench(device, Clock(device), pdl, time.monotonic() + budget, arguments.toy)
     name = "a CPU, in Triton's interpreter" if arguments.toy else torch.cuda.get_device_name()
     bench.say(f"# Fused decode on {name}: torch {torch.__version__}, Triton {triton.__version__}, PDL {pdl}")
-    names = "toy:4" if arguments.toy else arguments.models
+    names = "tiny:4" if arguments.toy else arguments.models
     models = [Model(shape, int(bits)) for shape, bits in (one.split(":") for one in names.split(","))]
     try:
         run_all(bench, models)

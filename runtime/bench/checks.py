@@ -58,7 +58,7 @@ def _projections(bench: Bench) -> Iterator[Case]:
 def _weight(bench: Bench, n: int, x: Activations) -> PackedWeight:
     k, bits = x.planes.k, x.planes.bits
     group = k if bits == 8 else 32 if bench.toy else GROUP
-    return RandomWeights(SHAPES["toy"].spec(), bits, group, bench.device).draw(n, k, bits, group)
+    return RandomWeights(SHAPES["tiny"].spec(), bits, group, bench.device).draw(n, k, bits, group)
 
 
 def _added(bench: Bench, x: torch.Tensor, source: Activations, n: int, tile: Tile) -> Iterator[Case]:

@@ -36,7 +36,7 @@ class Model:
     def decoder(self, device: torch.device, *, layers: int | None = None, exact: bool = False) -> Decoder:
         shape = SHAPES[self.shape]
         shape = shape if layers is None else replace(shape, layers=layers)
-        group = 64 if self.shape == "toy" else GROUP
+        group = None if self.bits == 8 else GROUP
         return bind(RandomWeights(shape.spec(), self.bits, group, device), DeviceKernels(device, exact)).decoder
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from lbq.formats.spec import Attention, GatedMlp, Layer, Llama3Scaling, ModelSpec, Norm, Projection, Rope
 
 
@@ -57,10 +59,29 @@ class Shape:
 
 
 _LLAMA_ROPE = Rope(theta=500000.0, dims=128, scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192))
+_LLAMA32_ROPE = Rope(theta=500000.0, dims=128, scaling=Llama3Scaling(32.0, 1.0, 4.0, 8192))
 _QWEN_ROPE = Rope(theta=1000000.0, dims=128)
+
+
+def _qwen3(hidden: int, intermediate: int, layers: int, heads: int) -> Shape:
+    return Shape(151936, hidden, intermediate, layers, heads, 8, 128, _QWEN_ROPE, True, 1e-6, 40960)
+
+
+def _llama32(hidden: int, layers: int, heads: int, head_dim: int) -> Shape:
+    rope = structs.replace(_LLAMA32_ROPE, dims=head_dim)
+    return Shape(128256, hidden, 8192, layers, heads, 8, head_dim, rope, False, 1e-5, 131072)
+
+
 SHAPES = {
     "llama-3.1-8b": Shape(128256, 4096, 14336, 32, 32, 8, 128, _LLAMA_ROPE, False, 1e-5, 131072),
-    "qwen3-1.7b": Shape(151936, 2048, 6144, 28, 16, 8, 128, _QWEN_ROPE, True, 1e-6, 40960),
-    "qwen3-0.6b": Shape(151936, 1024, 3072, 28, 16, 8, 128, _QWEN_ROPE, True, 1e-6, 40960),
-    "toy": Shape(97, 64, 64, 1, 4, 2, 16, Rope(theta=10000.0, dims=16), True, 1e-6, 256),
+    "llama-3.2-3b": _llama32(3072, 28, 24, 128),
+    "llama-3.2-1b": _llama32(2048, 16, 32, 64),
+    "mistral-7b": Shape(32768, 4096, 14336, 32, 32, 8, 128, Rope(theta=1000000.0, dims=128), False, 1e-5, 32768),
+    "qwen3-14b": _qwen3(5120, 17408, 40, 40),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16),
+    "smollm2-135m": Shape(49152, 576, 1536, 30, 9, 3, 64, Rope(theta=100000.0, dims=64), False, 1e-5, 8192),
+    "tiny": Shape(97, 64, 64, 2, 4, 2, 16, Rope(theta=10000.0, dims=16), True, 1e-6, 2048),  # to try out commands
 }

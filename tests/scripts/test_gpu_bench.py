@@ -28,7 +28,7 @@ def test_at_a_toy_size(tmp_path: Path) -> None:
     for part in (
         "Kernels against float64",
         "The whole step",
-        "toy INT4",
+        "tiny INT4",
         "Depth",
         "Several tokens",
         "Choosing a token",

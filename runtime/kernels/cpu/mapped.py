@@ -39,7 +39,7 @@ def by_tiles(
 ) -> torch.Tensor:
     """x · Wᵀ + bias, where ``tile(a, b)`` makes rows [a, b) of W, float32."""
     m, k = x.shape
-    y = torch.empty(m, n)
+    y = x.new_empty(m, n)
     rows = max(1, TILE // k)
     for start in range(0, n, rows):
         stop = min(n, start + rows)

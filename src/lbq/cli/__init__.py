@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from lbq import __version__
+from lbq.cli.bench import bench
 from lbq.cli.compare import compare
 from lbq.cli.convert import convert
 from lbq.cli.display import plain
@@ -58,6 +59,7 @@ for command in (
     sweep,
     lm_eval,
     run,
+    bench,
     pull,
     push,
     card,

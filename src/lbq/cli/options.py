@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -120,6 +120,23 @@ def _as_one(
         return functools.reduce(lambda decorated, option: option(decorated), reversed(options), with_one)
 
     return decorate
+
+
+def number_list(text: str, option: str, example: str) -> list[int]:
+    """Whole numbers with commas between them, as ``option`` has them."""
+    return [_number(part.strip(), option, example) for part in text.split(",")]
+
+
+def group_list(text: str) -> list[int | Literal["row"]]:
+    """``--gs 32,256,row``"""
+    parts = [part.strip() for part in text.split(",")]
+    return ["row" if part == "row" else _number(part, "--gs", "64,128,row") for part in parts]
+
+
+def _number(text: str, option: str, example: str) -> int:
+    if not text.isdecimal():
+        raise click.BadParameter(f"{text!r} is no number; give a list such as {example}", param_hint=option)
+    return int(text)
 
 
 def _split(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbq.cli.display import markdown, note, plain, print_json, size, steps, table
+from lbq.cli.options import group_list, number_list
 from lbq.cli.quality import perplexity, text_line, with_error
 
 if TYPE_CHECKING:
@@ -36,27 +37,13 @@ def sweep(model: str, bits: str, groups: str, as_markdown: bool, as_json: bool, 
     """
     from lbq.evaluation.sweep import sweep as measure
 
+    widths, sizes = number_list(bits, "--bits", "3,4,8"), group_list(groups)
     with steps("Sweeping") as advance:
-        found = measure(model, _bits(bits), _groups(groups), on_progress=advance, on_note=note, **options)
+        found = measure(model, widths, sizes, on_progress=advance, on_note=note, **options)
     if as_json:
         print_json(found)
     else:
         _print(found, as_markdown)
-
-
-def _bits(text: str) -> list[int]:
-    return [_number(part, "--bits", "3,4,8") for part in text.split(",")]
-
-
-def _groups(text: str) -> list[Any]:
-    parts = [part.strip() for part in text.split(",")]
-    return [part if part == "row" else _number(part, "--gs", "64,128,row") for part in parts]
-
-
-def _number(text: str, option: str, example: str) -> int:
-    if not text.strip().isdecimal():
-        raise click.BadParameter(f"{text.strip()!r} is no number; give a list such as {example}", param_hint=option)
-    return int(text)
 
 
 def _print(found: Sweep, as_markdown: bool) -> None:

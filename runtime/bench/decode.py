@@ -1,0 +1,120 @@
+"""Decode as ``lbq run`` does it, with a clock beside it, and check what came out."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from lbq.formats.spec import ModelSpec
+from lbq.runtime.bench.memory import Peak
+from lbq.runtime.bench.reference import Check, check, reference_logits
+from lbq.runtime.binding import Weights
+from lbq.runtime.cache import DecoderState, KVCache
+from lbq.runtime.decoder import Decoder
+from lbq.runtime.engine import DecoderEngine
+from lbq.runtime.text.generation import Engine, GenerationOptions, generate_tokens
+from lbq.runtime.text.sampling import SamplingOptions
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``prompt`` tokens at once, ``new`` ones greedily, one text, ``rounds`` times after one that is not counted."""
+
+    prompt: int = 128
+    new: int = 256
+    rounds: int = 5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second behind the first new token, over the rounds."""
+
+    median: float
+    slowest: float
+    fastest: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one case gave. Seconds to the first token are a prompt's; ``cold``: of the first round, in which kernels are
+    compiled or loaded and graphs captured."""
+
+    speed: Speed
+    first_token_seconds: float
+    cold_seconds: float
+    peak_bytes: int
+    check: Check
+
+
+class Place(Protocol):
+    """Where a decoder runs: a :class:`lbq.runtime.devices.Device`."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def engine(self, decoder: Decoder, context: int) -> Engine: ...
+
+
+@dataclass(frozen=True)
+class _Round:
+    first: float  # seconds
+    rest: float
+    tokens: list[int]
+
+
+def decode(weights: Weights, decoder: Decoder, place: Place, load: Workload, depth: int = 0) -> Decoded:
+    """Decode behind ``depth`` tokens of random keys and values; ``decoder`` is bound to ``weights`` on ``place``."""
+    peak = Peak(place.device)
+    engine = place.engine(decoder, depth + load.prompt + load.new)
+    held = hold(engine, depth)
+    random = torch.Generator().manual_seed(depth + 1)
+    ids = torch.randint(0, decoder.spec.vocab_size, (load.prompt,), generator=random).tolist()
+    rounds = [_round(engine, ids, depth, load.new, place.device) for _ in range(1 + load.rounds)]
+    logits = engine.decode(rounds[-1].tokens[-1]).clone()
+    most = peak.nbytes()
+    new = rounds[-1].tokens
+    expected = reference_logits(weights, place.device, [*ids, *new], load.new + 1, held if depth else None)
+    rates = [(load.new - 1) / one.rest for one in rounds[1:]]
+    return Decoded(
+        Speed(statistics.median(rates), min(rates), max(rates)),
+        statistics.median(one.first for one in rounds[1:]),
+        rounds[0].first,
+        most,
+        check(logits, new, expected, repeats=all(one.tokens == new for one in rounds)),
+    )
+
+
+def _round(engine: Engine, ids: Sequence[int], depth: int, new: int, device: torch.device) -> _Round:
+    options = GenerationOptions(max_tokens=new, sampling=SamplingOptions())
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    stream = generate_tokens(engine, [0] * depth + list(ids), options, (), held=depth)
+    tokens = [next(stream)]
+    first = time.perf_counter()
+    tokens += stream
+    return _Round(first - began, time.perf_counter() - first, tokens)
+
+
+def hold(engine: Engine, depth: int, seed: int = 3) -> DecoderState:
+    """Let ``engine`` hold ``depth`` tokens of random keys and values; its state, whose length stays at ``depth``."""
+    assert isinstance(engine, DecoderEngine)
+    state = engine._state
+    random = torch.Generator(engine._decoder.device).manual_seed(seed)
+    for cache in state.layers:
+        assert isinstance(cache, KVCache)
+        cache.reserve(depth)
+        cache.kv[:, :, :depth].normal_(generator=random)
+    state.length = depth
+    return DecoderState(state.context, state.layers, depth)
+
+
+def cache_bytes(spec: ModelSpec, position: float, item_bytes: int) -> float:
+    """Bytes of keys and values that the token at ``position`` reads in all layers, its own among them."""
+    mixers = [spec.layer(i).mixer for i in range(len(spec.layers))]
+    return sum(2 * m.kv_heads * m.head_dim * item_bytes * min(position + 1, m.window or position + 1) for m in mixers)

@@ -1,0 +1,130 @@
+"""What a decode should have given: the same weights dequantised by torch, a layer at a time, products in float32.
+
+Nothing of a device's own kernels is in it, so that a kernel that is fast and wrong cannot agree with itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch.nn import functional
+
+from lbq.formats.packing import PackedWeight
+from lbq.runtime.binding import Binder, Weights
+from lbq.runtime.cache import DecoderState, KVCache
+from lbq.runtime.kernels.cpu.mapped import MappedLinear, by_tiles
+from lbq.runtime.kernels.linear import Linear
+from lbq.runtime.step import HostStep
+
+SCORES: Final = 1 << 26  # of attention that are held at a time for each head
+MOST_KL: Final = 1e-2  # of one position; the bounds of the kernels' own tests are 1e-4 to 1e-3 on average
+MOST_LOSS: Final = 0.1  # nats
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a decode compares with the reference on the same tokens.
+
+    ``kl``: divergence of the final logits from the reference's, in nats. ``largest``: of their differences. ``loss``:
+    by how many nats the reference prefers its own most probable token to the one that was chosen, at worst over all new
+    tokens. ``repeats``: whether every round gave the same tokens.
+    """
+
+    kl: float
+    largest: float
+    loss: float
+    repeats: bool
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong, in words; None if nothing is."""
+        if not self.kl <= MOST_KL:  # NaN too
+            return f"its final logits diverge from a plain reference by {self.kl:.1e} nats (at most {MOST_KL:g})"
+        if not self.loss <= MOST_LOSS:
+            return f"it chose a token that a plain reference finds {self.loss:.1e} nats less probable than another"
+        if not self.repeats:
+            return "the same greedy decode gave other tokens in another round"
+        return None
+
+
+def check(logits: torch.Tensor, new: Sequence[int], expected: torch.Tensor, *, repeats: bool) -> Check:
+    """``expected``: the reference's logits [T + 1, V] before each of T ``new`` tokens, and behind the last, where
+    ``logits`` [V] were found."""
+    wanted, found = (row.double().log_softmax(0) for row in (expected[-1], logits.to(expected.device)))
+    before = expected[:-1]
+    chosen = before.gather(1, torch.tensor(list(new), device=before.device).unsqueeze(1)).squeeze(1)
+    return Check(
+        kl=float((wanted.exp() * (wanted - found)).sum().clamp_min(0)),
+        largest=float((expected[-1] - logits.to(expected.device)).abs().max()),
+        loss=float((before.amax(1) - chosen).max()),
+        repeats=repeats,
+    )
+
+
+@torch.inference_mode()
+def reference_logits(
+    weights: Weights, device: torch.device, ids: Sequence[int], last: int, held: DecoderState | None = None
+) -> torch.Tensor:
+    """Logits after each of the ``last`` last of ``ids``, float32 [last, V].
+
+    ``held``: a state whose first ``held.length`` keys and values come before ``ids``; it is left as it is.
+    """
+    binder, depth = Binder(weights, PlainKernels(device)), 0 if held is None else held.length
+    tokens = torch.tensor(list(ids), device=device)
+    x = functional.embedding(tokens, binder.embedding().to(device)).to(torch.float32)
+    for i in range(len(weights.spec.layers)):
+        layer = binder.layer(i)
+        state = layer.mixer.new_state(depth + len(tokens), dtype=torch.float32, device=device, fixed=True)
+        if held is not None:
+            _copy(held.layers[i], state, depth)
+        for start, stop in _parts(len(tokens), depth):
+            layer(x[start:stop], state, HostStep(depth + start, stop - start, device))
+        binder.release_layer(i)
+    norm, head = binder.norm(), binder.head()
+    return head(norm(x[-last:]))
+
+
+def _parts(tokens: int, depth: int) -> Iterator[tuple[int, int]]:
+    """Tokens [start, stop) at a time, so that scores stay few."""
+    size = max(1, min(512, SCORES // (depth + tokens)))
+    for start in range(0, tokens, size):
+        yield start, min(tokens, start + size)
+
+
+def _copy(source: object, target: object, length: int) -> None:
+    assert isinstance(source, KVCache)
+    assert isinstance(target, KVCache)
+    target.kv[:, :, :length] = source.kv[:, :, :length]
+
+
+@dataclass(frozen=True)
+class PlainKernels:
+    """:class:`lbq.runtime.binding.Kernels` by torch alone: tiles dequantised to float32, then a float32 matmul."""
+
+    device: torch.device
+
+    def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
+        words, scales = weight.words.to(self.device), weight.scales.to(self.device)
+        return MappedLinear(PackedWeight(words, scales, weight.bits, weight.group, weight.k), self._bias(bias), None)
+
+    def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return _PlainDense(weight.to(self.device), self._bias(bias))
+
+    def _bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        return None if bias is None else bias.to(self.device)
+
+
+class _PlainDense:
+    kernel = "float32 tiles"
+    fallback: str | None = None
+    resident_bytes = 0
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [M, K] → float32 [M, N]."""
+        return by_tiles(x, self._weight.shape[0], lambda a, b: self._weight[a:b].float(), self._bias)

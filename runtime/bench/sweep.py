@@ -1,0 +1,236 @@
+"""``lbq bench``: every combination of weights, depth and batch that was asked for, timed and checked one by one."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lbq.formats.artifact import Artifact
+from lbq.formats.errors import DeviceError, UsageError
+from lbq.formats.manifest import QuantizedModule
+from lbq.formats.packing import BITS, GROUPS
+from lbq.formats.spec import ModelSpec
+from lbq.runtime.bench.decode import Decoded, Workload, cache_bytes, decode
+from lbq.runtime.bench.shapes import SHAPES
+from lbq.runtime.bench.timing import copy_bandwidth
+from lbq.runtime.bench.weights import RandomWeights
+from lbq.runtime.binding import Bound, KernelUse, Weights, bind
+from lbq.runtime.devices import Device, device_errors
+from lbq.runtime.needs import needs
+
+GROUP = 256  # of random weights, where nothing else is asked for: what the figures of docs/performance.md have
+
+Group = int | Literal["row"]
+OnCase = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What everything was measured on. ``copy``: bytes a second, read and written, of copies in the device's memory."""
+
+    name: str
+    detail: str
+    kind: Literal["cpu", "cuda"]
+    copy: float
+    torch: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination. ``weights``: as ``INT4 g256, head INT8``."""
+
+    weights: str
+    depth: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one case reads a token and gave; bytes a token are means over the new tokens.
+
+    ``floor`` is the tokens a second at which these bytes pass at the copy bandwidth, and ``share`` how much of it was
+    reached. ``decoded`` is None where the case did not run, for the reason in ``skipped``.
+    """
+
+    case: Case
+    weight_bytes: int  # as stored
+    cache_bytes: int
+    floor: float
+    share: float | None
+    resident_bytes: int  # of weights, in the kernels' own arrangement
+    decoded: Decoded | None
+    skipped: str | None
+    kernels: tuple[KernelUse, ...]
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with its numbers, in words."""
+        fault = self.decoded and self.decoded.check.fault
+        return f"{self.case.weights} at depth {self.case.depth}: {fault}" if fault else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run of the bench."""
+
+    subject: str
+    machine: Machine
+    load: Workload
+    rows: tuple[Row, ...]
+
+    def require_sound(self) -> None:
+        """Raise DeviceError for numbers that are not those of the model."""
+        faults = [row.fault for row in self.rows if row.fault]
+        if faults:
+            raise DeviceError(f"{self.subject}: {faults[0]}: these speeds are of something else than the model")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Weights to be measured, and how to get them onto a device."""
+
+    label: str
+    spec: ModelSpec
+    quantized: Mapping[str, QuantizedModule]
+    open: Callable[[torch.device], Weights]
+
+
+def shape_variants(shape: str, bits: Sequence[int], groups: Sequence[Group] = ()) -> list[Variant]:
+    """Random weights of a known shape; without ``groups``, of 256, and one scale a row at 8 bits.
+
+    Raises UsageError for a shape, a width or a group that lbq does not have.
+    """
+    if shape not in SHAPES:
+        raise UsageError(f"shape {shape}: there are {', '.join(SHAPES)}")
+    for value in bits:
+        if value not in BITS:
+            raise UsageError(f"bits {value}: {', '.join(map(str, BITS))}")
+    for group in groups:
+        if group != "row" and group not in GROUPS:
+            raise UsageError(f"group {group}: {', '.join(map(str, GROUPS))} or row")
+    spec = SHAPES[shape].spec()
+    pairs = [(value, group) for value in bits for group in groups or (("row",) if value == 8 else (GROUP,))]
+    return [_random(spec, value, None if group == "row" else group) for value, group in pairs]
+
+
+def _random(spec: ModelSpec, bits: int, group: int | None) -> Variant:
+    quantized = RandomWeights(spec, bits, group, torch.device("cpu")).quantized
+    return Variant(_label(quantized), spec, quantized, lambda device: RandomWeights(spec, bits, group, device))
+
+
+def artifact_variant(artifact: Artifact) -> Variant:
+    """The weights of an artifact, which stays open."""
+    quantized = artifact.manifest.quantized
+    return Variant(_label(quantized), artifact.spec, quantized, lambda _: artifact)
+
+
+def _label(quantized: Mapping[str, QuantizedModule]) -> str:
+    """``INT4 g256, INT8 row``: the most weights first."""
+    sizes: dict[str, int] = {}
+    for entry in quantized.values():
+        name = f"INT{entry.bits} " + ("row" if entry.group == entry.k else f"g{entry.group}")
+        sizes[name] = sizes.get(name, 0) + entry.n * entry.k
+    return ", ".join(sorted(sizes, key=lambda name: -sizes[name])) or "BF16"
+
+
+def machine(device: torch.device) -> Machine:
+    """Describe ``device`` and measure its copy bandwidth."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        name, detail = found.name, f"{found.multi_processor_count} SMs, compute capability {found.major}.{found.minor}"
+    else:
+        name, detail = _cpu_name(), f"{torch.get_num_threads()} threads"
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    return Machine(name, detail, kind, copy_bandwidth(device), str(torch.__version__), date)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "CPU"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def measure(
+    variants: Iterable[Variant],
+    on: Machine,
+    device: Device,
+    load: Workload,
+    depths: Sequence[int] = (0,),
+    batches: Sequence[int] = (1,),
+    on_case: OnCase = lambda _: None,
+) -> Iterator[Row]:
+    """One row for every variant, depth and batch; each variant is bound once. ``on_case`` hears what comes next.
+
+    Raises DeviceError for what a GPU fails in; a case that does not fit its memory is a row that says so.
+    """
+    for variant in variants:
+        cases = [Case(variant.label, depth, batch) for depth in depths for batch in batches]
+        with device_errors():
+            yield from _Measuring(variant, on, device, load).rows(cases, on_case)
+        gc.collect()
+        if on.kind == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Measuring:
+    """One variant, bound when the first case needs it."""
+
+    def __init__(self, variant: Variant, on: Machine, device: Device, load: Workload) -> None:
+        self._variant, self._on, self._device, self._load = variant, on, device, load
+        self._bound: tuple[Weights, Bound] | None = None
+        self._weight_bytes = needs(variant.spec, variant.quantized, device).stored
+
+    def rows(self, cases: Sequence[Case], on_case: OnCase) -> Iterator[Row]:
+        for case in cases:
+            skipped = self._why_not(case)
+            decoded = None
+            if skipped is None:
+                on_case(f"{case.weights}, depth {case.depth}")
+                try:
+                    decoded = self._decode(case.depth)
+                except torch.OutOfMemoryError:
+                    skipped = f"{case.weights}, depth {case.depth}: the GPU's memory does not hold it"
+            yield self._row(case, decoded, skipped)
+
+    def _why_not(self, case: Case) -> str | None:
+        if case.batch != 1:
+            return f"batch {case.batch}: lbq decodes one text at a time"
+        most, wanted = self._variant.spec.context, case.depth + self._load.prompt + self._load.new
+        return f"depth {case.depth}: {wanted} tokens, and the model was made for {most}" if wanted > most else None
+
+    def _ready(self) -> tuple[Weights, Bound]:
+        if self._bound is None:
+            weights = self._variant.open(self._device.device)
+            self._bound = weights, bind(weights, self._device)
+        return self._bound
+
+    def _decode(self, depth: int) -> Decoded:
+        weights, bound = self._ready()
+        return decode(weights, bound.decoder, self._device, self._load, depth)
+
+    def _row(self, case: Case, decoded: Decoded | None, skipped: str | None) -> Row:
+        middle = case.depth + self._load.prompt + (self._load.new - 1) / 2
+        cache = round(cache_bytes(self._variant.spec, middle, self._device.cache_dtype.itemsize))
+        floor = self._on.copy / (self._weight_bytes + cache)
+        bound = self._bound and self._bound[1]
+        return Row(
+            case,
+            self._weight_bytes,
+            cache,
+            floor,
+            decoded.speed.median / floor if decoded else None,
+            bound.resident_bytes if bound else 0,
+            decoded,
+            skipped,
+            bound.kernels if bound else (),
+        )

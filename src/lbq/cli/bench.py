@@ -1,0 +1,169 @@
+"""``lbq bench``"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lbq.cli.display import markdown, note, plain, print_json, size, table
+from lbq.cli.options import group_list, number_list
+from lbq.formats.errors import StorageError, UsageError
+from lbq.runtime.bench.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from lbq.runtime.bench.decode import Decoded
+    from lbq.runtime.bench.sweep import Report, Row, Variant
+
+COLUMNS = ("weights", "depth", "bytes a token", "tokens/s", "floor", "share", "first token", "cold", "memory", "KL")
+
+
+@click.command()
+@click.argument("artifact", required=False)
+@click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape: nothing is fetched.")
+@click.option("--bits", help="With --shape: which of 3, 4 and 8.  [4]")
+@click.option("--gs", "groups", help="With --shape: which groups, 32…512 or row.  [256; row at 8 bits]")
+@click.option("--depth", default="0", show_default=True, help="Tokens held before the prompt, as 0,4096.")
+@click.option("--batch", default="1", show_default=True, help="Texts at a time.")
+@click.option("--prompt", "prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens.")
+@click.option("--tokens", "new", type=click.IntRange(2), default=256, show_default=True, help="New tokens.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Beside one to warm up.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--threads", type=int, help="CPU threads.")
+@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a roofline, FILE.svg.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def bench(
+    artifact: str | None,
+    shape: str | None,
+    bits: str | None,
+    groups: str | None,
+    depth: str,
+    batch: str,
+    prompt: int,
+    new: int,
+    rounds: int,
+    device: Any,
+    threads: int | None,
+    picture: Path | None,
+    as_markdown: bool,
+    as_json: bool,
+) -> None:
+    """Measure how fast ARTIFACT, a folder or a Hub id, or random weights of a --shape decode here.
+
+    The memory's copy bandwidth is measured in the same run; the share is how much of it the decode of one text reaches.
+    The final logits and every token are checked against a plain reference: wrong results end with code 7.
+    """
+    from lbq.runtime.bench.decode import Workload
+    from lbq.runtime.bench.sweep import Report, machine, measure
+    from lbq.runtime.devices import device_errors, find_device, set_threads
+
+    if picture is not None and picture.suffix != ".svg":
+        raise UsageError(f"{picture}: the picture is an SVG: name it FILE.svg")
+    if picture is not None and not picture.parent.is_dir():
+        raise StorageError(f"{picture}: no such folder")
+    depths, batches = (number_list(text, o, "0,4096") for text, o in ((depth, "--depth"), (batch, "--batch")))
+    if threads is not None:
+        set_threads(threads)
+    where = find_device(device, exact=False)
+    if where.note is not None:
+        note(where.note)
+    with ExitStack() as stack:
+        subject = _subject(artifact, shape, bits, groups, stack)
+        with device_errors():
+            on = machine(where.device)
+        load = Workload(prompt, new, rounds)
+        rows = measure(subject.variants, on, where, load, depths, batches, _say)
+        report = Report(subject.name, on, load, tuple(rows))
+    if not any(row.decoded for row in report.rows):
+        raise UsageError(f"nothing was measured: {report.rows[0].skipped}")
+    if as_json:
+        print_json(report)
+    else:
+        _print(report, as_markdown)
+    if picture is not None:
+        from lbq.page.roofline import draw
+
+        picture.write_text(draw(report), encoding="utf-8")
+    report.require_sound()
+
+
+@dataclass(frozen=True)
+class _Subject:
+    name: str
+    variants: list[Variant]
+
+
+def _subject(
+    artifact: str | None, shape: str | None, bits: str | None, groups: str | None, stack: ExitStack
+) -> _Subject:
+    from lbq.runtime.bench.sweep import artifact_variant, shape_variants
+
+    if (artifact is None) == (shape is None):
+        raise UsageError("give an ARTIFACT, or --shape NAME for random weights")
+    if shape is not None:
+        found = shape_variants(shape, number_list(bits or "4", "--bits", "3,4,8"), group_list(groups) if groups else ())
+        return _Subject(f"{shape} (random weights)", found)
+    from lbq.formats.artifact import open_artifact
+    from lbq.hub.artifacts import find_artifact
+
+    assert artifact is not None
+    if bits is not None or groups is not None:
+        raise UsageError(f"--bits and --gs go with --shape: {artifact} has the bits that it has")
+    opened = stack.enter_context(open_artifact(find_artifact(artifact, on_note=note)))
+    return _Subject(artifact, [artifact_variant(opened)])
+
+
+def _say(what: str) -> None:
+    click.echo(f"measuring {plain(what)} …", err=True)
+
+
+def _print(report: Report, as_markdown: bool) -> None:
+    on, load = report.machine, report.load
+    rows = [_cells(row, row.decoded) for row in report.rows if row.decoded is not None]
+    end = "  " if as_markdown else ""  # two spaces end a line there
+    (markdown if as_markdown else table)(plain(f"{report.subject} on {on.name}"), COLUMNS, rows)
+    click.echo()
+    lines = [
+        f"{on.name}, {on.detail}, torch {on.torch}; memory copied at {_rate(on.copy)}, read and written",
+        f"one text, a prompt of {load.prompt} and {load.new} new tokens, greedy: median (slowest – fastest) of "
+        f"{load.rounds} rounds; cold: the first token of a round before them",
+        *dict.fromkeys(f"not run: {row.skipped}" for row in report.rows if row.skipped),
+    ]
+    kernels = dict.fromkeys(use for row in report.rows for use in row.kernels)
+    lines += [f"FALLBACK {use.units}: {use.kernel}, because {use.fallback}" for use in kernels if use.fallback]
+    if any(row.share is not None and row.share > 1 for row in report.rows):
+        lines.append("a share above 100%: these weights come from the processor's cache, not from its memory")
+    for line in lines:
+        click.echo(plain(line) + end)
+
+
+def _cells(row: Row, found: Decoded) -> tuple[str, ...]:
+    speed = found.speed
+    return (
+        row.case.weights,
+        str(row.case.depth),
+        size(row.weight_bytes + row.cache_bytes),
+        f"{_number(speed.median)} ({_number(speed.slowest)} – {_number(speed.fastest)})",
+        _number(row.floor),
+        "" if row.share is None else f"{row.share:.1%}",
+        _seconds(found.first_token_seconds),
+        _seconds(found.cold_seconds),
+        size(found.peak_bytes),
+        f"{found.check.kl:.1e}" if row.fault is None else "WRONG",
+    )
+
+
+def _rate(rate: float) -> str:
+    return f"{rate / 1e12:.2f} TB/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GB/s"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"

@@ -1,0 +1,111 @@
+"""``lbq bench`` on a CPU with a tiny shape, and with an artifact."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lbq.runtime.engine import DecoderEngine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHORT = ("--device", "cpu", "--prompt", "5", "--tokens", "4", "--rounds", "2")
+
+
+@pytest.fixture
+def bench(lbq: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *options: lbq("bench", *SHORT, *options)
+
+
+def test_a_sweep_of_random_weights(bench: Callable[..., Any], tmp_path: Path) -> None:
+    picture = tmp_path / "roof.svg"
+    done = bench(
+        "--shape", "tiny", "--bits", "3,4", "--gs", "32,row", "--depth", "0,9", "--batch", "1,4", "--picture", picture
+    )
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[0].startswith("tiny (random weights) on ")
+    rows = [line for line in done.out.splitlines() if line.startswith("INT")]
+    assert [line.split()[:2] for line in rows[::2]] == [[f"INT{b}", f"{g},"] for b in (3, 4) for g in ("g32", "row")]
+    assert len(rows) == 8
+    assert done.out.count("not run: batch 4: lbq decodes one text at a time") == 1
+    drawn = ET.parse(picture).getroot()
+    assert sum(node.tag.endswith("circle") for node in drawn.iter()) == 8
+
+
+def test_an_artifact_in_json(bench: Callable[..., Any], kept_artifact: Path) -> None:
+    done = bench(kept_artifact, "--json", "--depth", "0,5")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["load"] == {"prompt": 5, "new": 4, "rounds": 2}
+    assert found["machine"]["copy"] > 1e8
+    assert [row["case"]["depth"] for row in found["rows"]] == [0, 5]
+    for row in found["rows"]:
+        assert row["case"]["weights"] == "INT4 g32, INT8 row"
+        assert row["share"] == pytest.approx(row["decoded"]["speed"]["median"] / row["floor"])
+        assert row["floor"] == pytest.approx(found["machine"]["copy"] / (row["weight_bytes"] + row["cache_bytes"]))
+        assert row["decoded"]["check"]["kl"] < 1e-6
+    manifest = json.loads((kept_artifact / "lbq.json").read_text())["quantized"]
+    stored = sum(m["n"] * (4 * -(-m["k"] * m["bits"] // 32) + 2 * m["k"] // m["group"]) for m in manifest.values())
+    assert found["rows"][0]["weight_bytes"] == stored
+
+
+def test_markdown(bench: Callable[..., Any]) -> None:
+    lines = bench("--shape", "tiny", "--markdown").out.splitlines()
+    assert lines[0].startswith("### tiny (random weights) on ")
+    assert lines[4].startswith("| INT4 row, INT8 row | 0 |")
+
+
+def test_garbage_is_a_failure(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = DecoderEngine.decode
+    monkeypatch.setattr(DecoderEngine, "decode", lambda self, token: plain(self, token).roll(1))
+    done = bench("--shape", "tiny", "--json")
+    assert done.code == 7
+    assert "reference" in done.err
+    assert json.loads(done.out)["rows"][0]["decoded"]["check"]["loss"] > 0.1
+    done = bench("--shape", "tiny")
+    assert (done.code, "WRONG" in done.out) == (7, True)
+
+
+def test_what_does_not_fit(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    picture = tmp_path / "roof.svg"
+    done = bench("--shape", "tiny", "--depth", "99999", "--picture", picture)
+    assert (done.code, picture.exists()) == (2, False)
+    assert "made for 2048" in done.err
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DecoderEngine, "prefill", out_of_memory)
+    done = bench("--shape", "tiny", "--depth", "0")
+    assert (done.code, "memory does not hold" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "--shape"),
+        (("nowhere", "--shape", "tiny"), "--shape"),
+        (("--shape", "huge"), "huge"),
+        (("--shape", "tiny", "--bits", "5"), "bits 5"),
+        (("--shape", "tiny", "--gs", "7"), "group 7"),
+        (("--shape", "tiny", "--depth", "-1"), "--depth"),
+        (("--shape", "tiny", "--picture", "a.png"), "FILE.svg"),
+        (("nowhere", "--bits", "4"), "--bits"),
+        (("--shape", "tiny", "--tokens", "1"), "--tokens"),
+    ],
+)
+def test_usage(bench: Callable[..., Any], options: tuple[str, ...], said: str) -> None:
+    done = bench(*options)
+    assert (done.code, said in done.error) == (2, True), done
+
+
+def test_a_missing_artifact(bench: Callable[..., Any]) -> None:
+    assert bench("nowhere").code == 4
+    done = bench("--shape", "tiny", "--picture", "nowhere/a.svg")
+    assert (done.code, done.error) == (4, "nowhere/a.svg: no such folder")
