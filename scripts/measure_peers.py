@@ -1,6 +1,6 @@
 """Other tools' quantisation of a checkpoint beside lbq's, on the same text: AutoRound, GPTQ and HQQ.
 
-    python scripts/measure_peers.py CHECKPOINT --out FOLDER --text HELDOUT.txt --calib TRAIN.txt [--bits 4] [--gs 64]
+    python scripts/measure_peers.py CHECKPOINT --out FOLDER --text HELDOUT.txt --calib TRAIN.json [--bits 4] [--gs 64]
 
 Each tool writes a checkpoint of its own into FOLDER, which is kept and used again; all are then read in one pass, as
 ``lbq compare`` does. A tool that is not installed is left out, and said. In an environment with lbq:
@@ -11,15 +11,24 @@ Each tool writes a checkpoint of its own into FOLDER, which is kept and used aga
 GPTQModel 7.7.0 asks for a newer torch than 2.13 and runs on it all the same; ``--no-deps`` leaves torch as it is. On a
 machine with few cores it wants GPTQMODEL_CPU_WORKERS=2 in the environment.
 
-Tools leave the output head in 16 bits, and so does lbq here. HQQ has a float scale and a float zero point for every
-group, which lbq does not read: its weights are dequantised to float32 and compared as they are, at the bits that its
-codes, scales and zero points take. Twice the group gives it the bits of the others: both are measured.
+Tools leave the output head in 16 bits, and so does lbq here. All that calibrate are given the same samples, one
+stretch of a document each, and symmetric codes in groups of the same sizes: where a group does not divide a layer's
+inputs, that layer has the smaller one of lbq's conversion. All else is each tool's default.
+
+HQQ has a float16 scale and a float16 zero point for every group, in a format which lbq does not read: its weights are
+dequantised to float32 and compared as they are, at the bits that its codes, scales and zero points take. Twice the
+group gives it the bits of the others: both are measured. Its groups are of the flattened matrix and need not divide a
+row.
+
+At 2 bits, which lbq does not write, the others are measured among themselves.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,6 +40,8 @@ from safetensors.torch import load_file, save_file
 
 from lbq import compare, convert
 from lbq.formats.comparison import Compared
+from lbq.formats.packing import BITS
+from lbq.formats.scheme import effective_group
 from lbq.quantizer.families import read_spec
 
 COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -47,6 +58,16 @@ class Job:
     iters: int
     seqlen: int
 
+    def linears(self) -> dict[str, int]:
+        """The inputs of every linear layer but the head."""
+        spec = read_spec(self.source).spec
+        return {p.name: p.in_features for p in spec.projections() if p.name != spec.head.name}
+
+    def smaller_groups(self) -> dict[str, int]:
+        """Layers with another group than was asked for."""
+        groups = {name: effective_group(inputs, self.group) or inputs for name, inputs in self.linears().items()}
+        return {name: group for name, group in groups.items() if group != self.group}
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -59,6 +80,14 @@ class Tool:
 
 def lbq_rtn(job: Job, out: Path) -> None:
     convert(job.source, out, bits=job.bits, group=job.group, lm_head=16)
+
+
+def lbq_autoround(job: Job, out: Path) -> None:
+    convert(
+        job.source, out, bits=job.bits, group=job.group, lm_head=16, method="autoround", device="cpu",
+        iters=job.iters, nsamples=len(job.calibration), seqlen=job.seqlen,
+        calib=str(_dataset(job, out.with_suffix(".json"))),
+    )  # fmt: skip
 
 
 def autoround(job: Job, out: Path, iters: int | None = None) -> None:
@@ -75,6 +104,7 @@ def autoround(job: Job, out: Path, iters: int | None = None) -> None:
         dataset=str(_dataset(job, out.with_suffix(".json"))),
         device_map="cpu",
         disable_model_free=True,
+        layer_config={name: {"bits": job.bits, "group_size": g} for name, g in job.smaller_groups().items()} or None,
     )
     made = out.with_suffix(".made")
     tool.quantize_and_save(str(made), format="auto_round")
@@ -84,9 +114,12 @@ def autoround(job: Job, out: Path, iters: int | None = None) -> None:
 def gptq(job: Job, out: Path) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    settings = QuantizeConfig(bits=job.bits, group_size=job.group, sym=True, offload_to_disk=False)
+    smaller = {f"+:^{re.escape(name)}$": {"group_size": g} for name, g in job.smaller_groups().items()}
+    settings = QuantizeConfig(
+        bits=job.bits, group_size=job.group, sym=True, dynamic=smaller or None, offload_to_disk=False
+    )
     model = GPTQModel.load(str(job.source), settings, device="cpu")
-    model.quantize(job.calibration, batch_size=1)
+    model.quantize(job.calibration, batch_size=8)
     model.save(str(out))
 
 
@@ -96,8 +129,7 @@ def hqq(job: Job, out: Path, widen: int = 1) -> None:
 
     tensors = load_file(job.source / "model.safetensors")
     settings = BaseQuantizeConfig(nbits=job.bits, group_size=widen * job.group, axis=1)
-    spec = read_spec(job.source).spec
-    for name in [f"{p.name}.weight" for p in spec.projections() if p.name != spec.head.name]:
+    for name in [f"{module}.weight" for module in job.linears()]:
         linear = torch.nn.Linear(*reversed(tensors[name].shape), bias=False)
         linear.weight = torch.nn.Parameter(tensors[name].float(), requires_grad=False)
         made = HQQLinear(linear, settings, compute_dtype=torch.float16, device="cpu")
@@ -120,8 +152,9 @@ def _dataset(job: Job, path: Path) -> Path:
 def tools(job: Job) -> dict[str, Tool]:
     """By the name of the checkpoint."""
     pair = 32  # bits of a float16 scale and a float16 zero point
+    own = {"lbq-rtn": Tool("lbq", lbq_rtn), "lbq-autoround": Tool("auto_round", lbq_autoround)}
     return {
-        "lbq-rtn": Tool("lbq", lbq_rtn),
+        **(own if job.bits in BITS else {}),
         "autoround-rtn": Tool("auto_round", lambda job, out: autoround(job, out, iters=0)),
         "autoround": Tool("auto_round", autoround),
         "gptq": Tool("gptqmodel", gptq),
@@ -131,14 +164,18 @@ def tools(job: Job) -> dict[str, Tool]:
 
 
 def calibration(path: Path, tokenizer_folder: Path, samples: int, seqlen: int) -> list[str]:
-    """The first ``samples`` stretches of ``seqlen`` tokens of a text, as text."""
+    """The first ``seqlen`` tokens of ``samples`` documents that have as many, evenly spaced in the file, as text."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    text = path.read_text()[: 8 * samples * seqlen]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert len(ids) >= samples * seqlen, f"{path} is too short"
-    return [tokenizer.decode(ids[i * seqlen : (i + 1) * seqlen]) for i in range(samples)]
+    documents = [document["text"] for document in json.loads(path.read_text()) if len(document["text"]) > 8 * seqlen]
+    assert len(documents) >= samples, f"{path} is too short"
+    found = []
+    for start in range(0, samples * (len(documents) // samples), len(documents) // samples):
+        ids = tokenizer(documents[start][: 16 * seqlen], add_special_tokens=False)["input_ids"]
+        assert len(ids) >= seqlen, f"{path}: a document with more than 8 characters a token"
+        found.append(tokenizer.decode(ids[:seqlen]))
+    return found
 
 
 def row(model: Compared, bits: float | None, linear_share: float) -> str:
@@ -167,14 +204,16 @@ def row(model: Compared, bits: float | None, linear_share: float) -> str:
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the tools' checkpoints are kept.")
 @click.option("--text", type=click.Path(path_type=Path, exists=True), required=True, help="What they are measured on.")
-@click.option("--calib", type=click.Path(path_type=Path, exists=True), required=True, help="What they are tuned on.")
+@click.option(
+    "--calib", type=click.Path(path_type=Path, exists=True), required=True, help="JSON list of {text} to tune on."
+)
 @click.option("--bits", default=4, show_default=True)
 @click.option("--gs", "group", default=64, show_default=True)
 @click.option("--tools", "names", help="Some of them, as lbq-rtn,gptq.  [all]")
 @click.option("--nsamples", default=128, show_default=True)
-@click.option("--seqlen", default=512, show_default=True)
-@click.option("--iters", default=200, show_default=True, help="AutoRound's.")
-@click.option("--max-tokens", default=8192, show_default=True, help="Of the text that is measured.")
+@click.option("--seqlen", default=256, show_default=True)
+@click.option("--iters", default=50, show_default=True, help="AutoRound's.")
+@click.option("--max-tokens", default=4096, show_default=True, help="Of the text that is measured.")
 @click.option("--threads", default=2, show_default=True)
 def main(
     checkpoint: Path,
@@ -204,7 +243,9 @@ def main(
             continue
         if not folder.exists():
             print(f"{name}: making {folder}", flush=True)
+            began = time.monotonic()
             tool.make(job, folder)
+            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
             gc.collect()
         made[str(folder)] = tool
     found = compare(list(made), checkpoint, text, max_tokens=max_tokens, device="cpu", threads=threads)
