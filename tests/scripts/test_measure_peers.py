@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +27,9 @@ def measure_peers() -> Iterator[Any]:
 def test_tools_side_by_side(measure_peers: Any, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama", num_hidden_layers=1)
     (tmp_path / "text.txt").write_text(WORDS)
+    (tmp_path / "train.json").write_text(json.dumps([{"text": WORDS}] * 3))
     arguments = [checkpoint, "--out", tmp_path / "peers", "--text", tmp_path / "text.txt"]
-    options = ["--calib", tmp_path / "text.txt", "--gs", 32, "--nsamples", 2, "--seqlen", 64, "--threads", 1]
+    options = ["--calib", tmp_path / "train.json", "--gs", 32, "--nsamples", 2, "--seqlen", 64, "--threads", 1]
     names = ["--tools", "lbq-rtn,autoround-rtn,hqq-g32"]
     done = CliRunner().invoke(measure_peers.main, [str(part) for part in (*arguments, *options, *names)])
     assert done.exit_code == 0, done.output
