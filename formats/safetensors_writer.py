@@ -6,7 +6,7 @@ The ``safetensors`` package takes a whole shard at once; here a tensor is on the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -44,16 +44,23 @@ class ShardWriter:
     The bytes depend only on the plan and the content: data lie by falling item size and then by name, which aligns
     them and is what the ``safetensors`` package does. The file is written under ``PATH.part`` and takes its name in
     :meth:`finish`. Raises :class:`StorageError` when the disk is full or refuses; the caller removes what is left.
+
+    ``written`` are tensors that an interrupted writer of the same plan had written and synced: it goes on with what
+    that one left.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[TensorPlan]) -> None:
+    def __init__(self, path: Path, tensors: Iterable[TensorPlan], written: Container[str] = ()) -> None:
         self.path = path
         self._part = path.with_name(path.name + ".part")
         plans = sorted(tensors, key=lambda plan: (-_RANK[plan.dtype], plan.name))
         header, self._left = _header(plans)
         self.size = len(header) + sum(plan.nbytes for plan in plans)
+        done = [plan.name for plan in plans if plan.name in written]
+        for name in done:
+            del self._left[name]
         with storage_errors(path, self.size):
-            self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            fresh = 0 if done else os.O_CREAT | os.O_TRUNC
+            self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CLOEXEC | fresh, 0o666)
             try:
                 write_at(self._descriptor, memoryview(header), 0)
             except OSError:
@@ -70,6 +77,11 @@ class ShardWriter:
             for block in torch.split(flat, BLOCK):
                 write_at(self._descriptor, block.cpu().numpy().data, offset)
                 offset += block.numel()
+
+    def sync(self) -> None:
+        """What is written is on the disk."""
+        with storage_errors(self.path, self.size):
+            os.fsync(self._descriptor)
 
     def finish(self) -> FileEntry:
         """Sync, hash what was written and give the file its name."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -14,96 +14,31 @@ from lbq.formats import json_file
 from lbq.formats import manifest as manifests
 from lbq.formats import report as reports
 from lbq.formats.compressed_tensors import quantization_config
-from lbq.formats.disk import FileEntry, check_plain_name, require_space
+from lbq.formats.disk import check_plain_name, require_space
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.manifest import MANIFEST, PAGE, REPORT, Manifest
-from lbq.formats.packing import PackedWeight
 from lbq.formats.quality import Quality
-from lbq.formats.report import ModuleReport, Report
-from lbq.formats.safetensors_file import INDEX, Checkpoint
-from lbq.formats.spec import ModelSpec
+from lbq.formats.report import Report
+from lbq.formats.safetensors_file import INDEX
 from lbq.formats.staging import StagedFolder, check_target
-from lbq.formats.tokenizer_file import TOKENIZER
-from lbq.quantizer import methods, tensors
+from lbq.quantizer import methods, streaming
 from lbq.quantizer.autoround.run import OnProgress as OnTuned
-from lbq.quantizer.autoround.run import Progress as Tuned
-from lbq.quantizer.autoround.run import Sizes, sizes
 from lbq.quantizer.autoround.work import Work
-from lbq.quantizer.calibration import Calibration
-from lbq.quantizer.families import read_spec
-from lbq.quantizer.measure import Meter, Totals
-from lbq.quantizer.methods import Given, Weights
-from lbq.quantizer.plan import Keep, Plan, Quantize, make_plan
-from lbq.quantizer.remote import RemoteShard
-from lbq.quantizer.request import Request
+from lbq.quantizer.fetching import OnFetch
+from lbq.quantizer.methods import Weights
+from lbq.quantizer.prepare import SPARE_BYTES, Prepared
 from lbq.quantizer.shards import Shards
-from lbq.quantizer.source import Hasher, SourceFolder, check_tokenizer, fetch_weights, open_weights
+from lbq.quantizer.source import Hasher
+from lbq.quantizer.streaming import AHEAD, StreamWork
+from lbq.quantizer.writing import OnProgress, Written, write_step
 
-SPARE_BYTES = 64 << 20  # small files and headers, on top of the tensors
-
-REMOTE_PIECES = 4  # of a head on the Hub that are compared with the embedding
-
-OnProgress = Callable[[str, int], None]  # name of the tensor, bytes of the source that were consumed
 Measure = Callable[[Path], Quality]  # what a whole artifact's report gets, see write_artifact
 MakePage = Callable[[Manifest, Report], bytes]  # the report to look at: lbq.page.render
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A conversion that has been decided and not begun."""
-
-    source: SourceFolder
-    request: Request
-    checkpoint: Checkpoint
-    plan: Plan
-    source_spec: ModelSpec  # before what the plan changes in it
-    unknown_keys: tuple[str, ...]  # of config.json
-    first_notes: tuple[str, ...]  # those of the plan that do not come from the request
-    head_differs: bool  # see make_plan
-    calibration: Calibration | None  # None: the method reads no text, or this is a dry run
-    given: Given | None = None  # codes that are there already
-
-    @property
-    def folder(self) -> Path:
-        """The source's."""
-        return self.source.folder
-
-    @property
-    def spec(self) -> ModelSpec:
-        """Of the result."""
-        return self.plan.spec
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes that will be read."""
-        return sum(self.checkpoint.info(step.source).nbytes for step in self.plan.steps)
-
-    @property
-    def remote_bytes(self) -> int:
-        """Bytes of files that are on the Hub and not here."""
-        return sum(file.size for file in self.checkpoint.files.values() if isinstance(file, RemoteShard))
-
-    @property
-    def peak_bytes(self) -> int:
-        """Estimated peak of resident memory beyond the interpreter's: the worst step's source, result and blocks."""
-        worst = max(
-            self.checkpoint.info(step.source).nbytes + sum(tensor.nbytes for tensor in step.outputs())
-            for step in self.plan.steps
-        )
-        return max(worst + 8 * 4 * tensors.CPU_BLOCK, self.tuning_sizes.memory)
-
-    @property
-    def tuning_sizes(self) -> Sizes:
-        """What the method needs while it works: nothing for round to nearest."""
-        return Sizes(0, 0) if self.request.tuning is None else sizes(self.plan, self.request.tuning)
-
-    def default_name(self, target_bpw: float | None = None) -> str:
-        """``NAME-int4-g256``, ``NAME-3.5bpw-g256`` for a target, ``NAME-int4-g128-autoround``: what was asked for."""
-        scheme = self.request.scheme
-        bits = f"int{scheme.bits}" if target_bpw is None else f"{target_bpw:g}bpw"
-        group = f"g{scheme.group}" if scheme.group else "row"
-        method = "" if self.request.tuning is None else "-autoround"
-        return f"{self.source.label}-{bits}-{group}{method}"
+def _nothing(*told: object) -> None:
+    """Nobody listens."""
+    del told
 
 
 @dataclass(frozen=True)
@@ -122,47 +57,8 @@ def check_output(model: str | Path, out: Path, *, overwrite: bool) -> None:
 
 def unfinished(out: Path) -> bool:
     """Whether an interrupted conversion into ``out`` has left work with which another call goes on."""
-    return Work.of(Path(os.path.realpath(out))).folder.is_dir()
-
-
-def prepare(source: SourceFolder, request: Request, *, dry_run: bool = False) -> Prepared:
-    """Read config, headers, tokenizer and calibration text, and decide; no weights, unless a tied checkpoint saves a
-    head too, of which a part is read where it is on the Hub. A ``dry_run`` reads no text.
-
-    Raises DataError and UsageError, and what :func:`~lbq.quantizer.calibration.calibrate` raises, before any output
-    exists.
-    """
-    adapted = read_spec(source.folder)
-    check_tokenizer(source.folder, adapted.spec.vocab_size)
-    checkpoint = open_weights(source)
-    notes = []
-    if adapted.unknown_keys:
-        notes.append(f"config.json: unknown keys are ignored: {', '.join(adapted.unknown_keys)}")
-    if not (source.folder / TOKENIZER).is_file():
-        notes.append(f"no {TOKENIZER}: the artifact has no text until the tokenizer is saved in this form")
-    calibration = methods.read_calibration(request, source.folder, adapted.spec.context, notes, dry_run=dry_run)
-    differs = head_differs(adapted.spec, checkpoint, most=REMOTE_PIECES if source.remote else None)
-    plan = make_plan(adapted.spec, checkpoint, request, notes, differs)
-    spec, unknown = adapted.spec, adapted.unknown_keys
-    return Prepared(source, request, checkpoint, plan, spec, unknown, tuple(notes), differs, calibration)
-
-
-def replan(prepared: Prepared, request: Request) -> Prepared:
-    """The same source for another request; nothing is read again. Raises DataError and UsageError."""
-    p = prepared
-    plan = make_plan(p.source_spec, p.checkpoint, request, p.first_notes, p.head_differs)
-    return replace(prepared, request=request, plan=plan)
-
-
-def fetched(prepared: Prepared) -> Prepared:
-    """The same with all weights in the Hub's cache. Raises what fetching and :func:`prepare` raise."""
-    if prepared.source.remote is None:
-        return prepared
-    source = fetch_weights(prepared.source)
-    checkpoint = open_weights(source)
-    if head_differs(prepared.source_spec, checkpoint) != prepared.head_differs:
-        return prepare(source, prepared.request)
-    return replace(prepared, source=source, checkpoint=checkpoint)
+    target = Path(os.path.realpath(out))
+    return Work.of(target).folder.is_dir() or StreamWork(target).folder.is_dir()
 
 
 def write_artifact(
@@ -176,10 +72,12 @@ def write_artifact(
     restart: bool = False,
     on_progress: OnProgress | None = None,
     on_tuned: OnTuned | None = None,
+    on_fetch: OnFetch | None = None,
 ) -> Conversion:
-    """Convert into the folder ``out``, which appears whole or not at all.
+    """Convert into the folder ``out``, which appears whole or not at all. A source whose weights are on the Hub is
+    converted while it is downloaded: see :func:`placed`.
 
-    A method that takes long keeps finished work beside ``out``, and a later call goes on there; ``restart`` drops it.
+    What takes long keeps finished work beside ``out``, and a later call goes on there; ``restart`` drops it.
     ``measure`` is called once with a folder that is the artifact in all but its name, before it appears as ``out``;
     what it returns becomes part of the report, and what it raises leaves no artifact. ``page`` makes ``report.html``.
 
@@ -187,52 +85,28 @@ def write_artifact(
     into ``out``, StorageError for the disk, DataError for a weight that cannot be quantised, UsageError and DeviceError
     for the device.
     """
-    source, plan = prepared.source, prepared.plan
+    source = prepared.source
     on_device = _find_device(device)
+    assert measure is None or source.remote is None, "measuring reads the source again"
     check_target(out, source.folder, overwrite=overwrite)
-    kept = 0 if restart else Work.of(Path(os.path.realpath(out))).nbytes()
-    require_space(out, plan.nbytes + SPARE_BYTES + max(0, prepared.tuning_sizes.disk - kept))
+    require_space(out, _space(prepared, out, restart=restart))
     small = _small_files(prepared)
     sources = [source.folder / "config.json", *source.companions(), *_weight_files(prepared)]
     with StagedFolder(out, overwrite=overwrite, source=source.folder) as stage, Hasher(sources) as hasher:
         try:
-            weights: Weights = methods.Rounded(prepared.checkpoint, on_device)
-            if prepared.given is not None:
-                weights = prepared.given.weights
-            if prepared.request.tuning is not None:
-                weights = methods.tuned(
-                    prepared.request,
-                    source.folder,
-                    plan,
-                    prepared.checkpoint,
-                    prepared.calibration,
-                    hasher.result(),
-                    stage.target,
-                    on_device,
-                    restart=restart,
-                    on_progress=on_tuned or _nothing,
-                )
-            files, modules, totals = _write_shards(prepared, stage, weights, on_progress or _quiet)
+            written = _write(
+                prepared,
+                stage,
+                hasher,
+                on_device,
+                restart=restart,
+                on_progress=on_progress or _nothing,
+                on_tuned=on_tuned or _nothing,
+                on_fetch=on_fetch or _nothing,
+            )
         except torch.OutOfMemoryError:
             raise DeviceError(f"device {on_device}: out of memory; free some or convert with --device cpu") from None
-        report = Report(reports.VERSION, tuple(modules), plan.notes)
-        for name, data in small.items():
-            files[name] = stage.add_file(name, data)
-        manifest = Manifest(
-            lbq_format=manifests.VERSION,
-            spec=plan.spec,
-            quantized=plan.quantized,
-            dense=plan.dense,
-            method=prepared.given.method
-            if prepared.given
-            else methods.described(prepared.request, prepared.calibration, on_device),
-            source=manifests.Source(source.name, source.revision, hasher.result(), source.license()),
-            tools=methods.tools(prepared.request),
-            summary=totals.summary(plan.bits_per_weight),
-            notes=plan.notes,
-            files=files,
-        )
-        manifest = _seal(stage, manifest, report)
+        manifest, report = _describe(prepared, stage, hasher, on_device, written, small)
         if measure is not None:
             quality = measure(stage.folder)
             report = msgspec.structs.replace(report, quality=quality)
@@ -244,8 +118,42 @@ def write_artifact(
             made = {PAGE: stage.add_file(PAGE, page(manifest, report))}
             manifest = _seal(stage, msgspec.structs.replace(manifest, files=manifest.files | made), report)
         stage.commit()
-        weights.finish()
+        written.finish()
     return Conversion(out, manifest, report)
+
+
+def _describe(
+    prepared: Prepared,
+    stage: StagedFolder,
+    hasher: Hasher,
+    device: torch.device,
+    written: Written,
+    small: Mapping[str, bytes],
+) -> tuple[Manifest, Report]:
+    """Write all that goes with the tensors; the folder is an artifact then."""
+    source, plan = prepared.source, prepared.plan
+    files = dict(written.files)
+    for name, data in small.items():
+        files[name] = stage.add_file(name, data)
+    modules = tuple(written.modules[module].report for module in plan.quantized)
+    report = Report(reports.VERSION, modules, plan.notes)
+    manifest = Manifest(
+        lbq_format=manifests.VERSION,
+        spec=plan.spec,
+        quantized=plan.quantized,
+        dense=plan.dense,
+        method=prepared.given.method
+        if prepared.given
+        else methods.described(prepared.request, prepared.calibration, device),
+        source=manifests.Source(
+            source.name, source.revision, hasher.result() | dict(written.sources), source.license()
+        ),
+        tools=methods.tools(prepared.request),
+        summary=written.summary(plan),
+        notes=plan.notes,
+        files=files,
+    )
+    return _seal(stage, manifest, report), report
 
 
 def _seal(stage: StagedFolder, manifest: Manifest, report: Report) -> Manifest:
@@ -264,77 +172,66 @@ def _find_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _quiet(name: str, count: int) -> None:
-    """Progress that nobody watches."""
-    del name, count
-
-
-def _nothing(progress: Tuned) -> None:
-    """Likewise."""
-    del progress
-
-
 def _weight_files(prepared: Prepared) -> list[Path]:
+    """Those that are here: what is streamed is hashed as it comes."""
     folder = prepared.source.folder
-    index = folder / INDEX
-    return ([index] if index.is_file() else []) + [folder / name for name in sorted(prepared.checkpoint.files)]
+    index = [folder / INDEX] if (folder / INDEX).is_file() else []
+    return index + [folder / name for name in sorted(prepared.checkpoint.files) if prepared.source.remote is None]
 
 
-def head_differs(spec: ModelSpec, checkpoint: Checkpoint, most: int | None = None) -> bool:
-    """Whether a tied checkpoint saves a head that is not the embedding; transformers then loads them untied.
-
-    ``most``: how many pieces, of CPU_BLOCK weights, are compared at most.
-    """
-    head, embedding = f"{spec.head.name}.weight", f"{spec.embedding}.weight"
-    names = checkpoint.names()
-    if not spec.tied or head not in names or embedding not in names:
-        return False
-    a, b = checkpoint.info(head), checkpoint.info(embedding)
-    same = a.shape == b.shape and a.dtype == b.dtype
-    starts = range(0, a.nbytes // a.dtype.itemsize, tensors.CPU_BLOCK)[:most] if same else ()
-    pieces = ([checkpoint.piece(name, at, at + tensors.CPU_BLOCK) for name in (head, embedding)] for at in starts)
-    same = same and all(torch.equal(x, y) for x, y in pieces)
-    for name in (head, embedding):
-        checkpoint.release(name)
-    return not same
+def _space(prepared: Prepared, out: Path, *, restart: bool) -> int:
+    """Bytes that a conversion still has to write beside ``out``."""
+    target = Path(os.path.realpath(out))
+    fetched = AHEAD * prepared.largest_remote if prepared.source.remote else 0
+    work = prepared.tuning_sizes.disk - (0 if restart else Work.of(target).nbytes())
+    return prepared.plan.nbytes + SPARE_BYTES + max(0, work) + fetched - (0 if restart else StreamWork(target).nbytes())
 
 
-def _write_shards(
-    prepared: Prepared, stage: StagedFolder, weights: Weights, on_progress: OnProgress
-) -> tuple[dict[str, FileEntry], list[ModuleReport], Totals]:
-    """All safetensors files, each written front to back while its tensors are made."""
-    plan = prepared.plan
-    modules: list[ModuleReport] = []
-    totals = Totals()
-    checkpoint = prepared.checkpoint
-    with Shards(stage, plan.outputs(), prepared.request.max_shard_bytes) as shards:
-        for step in plan.steps:
-            if isinstance(step, Keep):
-                shards.write(step.name, weights.dense(step))
-                on_progress(step.name, checkpoint.info(step.source).nbytes)
-            else:
-                meter = Meter()
-                packed = _quantized(prepared, step, weights, meter, on_progress)
-                for output, tensor in zip(step.outputs(), packed, strict=True):
-                    shards.write(output.name, tensor)
-                modules.append(meter.report(step.module, step.entry))
-                totals.include(meter, step.entry)
-            checkpoint.release(step.source)
-        return shards.finish(), modules, totals
-
-
-def _quantized(
-    prepared: Prepared, step: Quantize, weights: Weights, meter: Meter, on_progress: OnProgress
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Words, scales and shape of one linear layer; the meter sees every block of rows."""
-    row_bytes = prepared.checkpoint.info(step.source).nbytes // step.entry.n
-
-    def measure(block: torch.Tensor, packed: PackedWeight) -> None:
-        meter.add(block, packed.dequantize())
-        on_progress(step.module, packed.n * row_bytes)
-
-    packed = weights.packed(step, measure)
-    return packed.words, packed.scales, torch.tensor([step.entry.n, step.entry.k], dtype=torch.int64)
+def _write(
+    prepared: Prepared,
+    stage: StagedFolder,
+    hasher: Hasher,
+    device: torch.device,
+    *,
+    restart: bool,
+    on_progress: OnProgress,
+    on_tuned: OnTuned,
+    on_fetch: OnFetch,
+) -> Written:
+    """All safetensors files, by the way that the source and the method ask for."""
+    plan, source, request = prepared.plan, prepared.source, prepared.request
+    if source.remote is not None:
+        return streaming.stream(
+            source.remote,
+            prepared.checkpoint,
+            plan,
+            stage,
+            device,
+            request.max_shard_bytes,
+            restart=restart,
+            on_progress=on_progress,
+            on_fetch=on_fetch,
+        )
+    weights: Weights = methods.Rounded(prepared.checkpoint, device)
+    if prepared.given is not None:
+        weights = prepared.given.weights
+    if request.tuning is not None:
+        weights = methods.tuned(
+            request,
+            source.folder,
+            plan,
+            prepared.checkpoint,
+            prepared.calibration,
+            hasher.result(),
+            stage.target,
+            device,
+            restart=restart,
+            on_progress=on_tuned,
+        )
+    with Shards(stage, plan.outputs(), request.max_shard_bytes) as shards:
+        found = [write_step(step, prepared.checkpoint, weights, shards, on_progress) for step in plan.steps]
+        modules = {measured.report.name: measured for measured in found if measured is not None}
+        return Written(shards.finish(), modules, weights.finish)
 
 
 def _small_files(prepared: Prepared) -> dict[str, bytes]:

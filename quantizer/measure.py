@@ -8,6 +8,21 @@ import torch
 
 from lbq.formats.manifest import QuantizedModule, Summary
 from lbq.formats.report import ModuleReport
+from lbq.formats.spec import Part
+
+
+class Measured(Part, frozen=True):
+    """A finished matrix: its line of the report, and the sums that it adds to those of the model."""
+
+    report: ModuleReport
+    source: float
+    result: float
+    error: float
+
+    @property
+    def cosine(self) -> float:
+        """The report's."""
+        return self.report.cosine
 
 
 class Meter:
@@ -49,6 +64,10 @@ class Meter:
         """0 where both are zero."""
         return math.sqrt(self.error / self.source) if self.source else 0.0
 
+    def measured(self, name: str, entry: QuantizedModule) -> Measured:
+        """What is kept of a finished matrix."""
+        return Measured(self.report(name, entry), self.source, self.result, self.error)
+
     def report(self, name: str, entry: QuantizedModule) -> ModuleReport:
         """The module's line of the report."""
         return ModuleReport(
@@ -72,7 +91,7 @@ class Totals(Meter):
         self.weights = 0
         self.worst_cosine = 1.0
 
-    def include(self, module: Meter, entry: QuantizedModule) -> None:
+    def include(self, module: Meter | Measured, entry: QuantizedModule) -> None:
         """Add a finished matrix."""
         self.source += module.source
         self.result += module.result

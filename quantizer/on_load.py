@@ -12,8 +12,9 @@ import torch
 
 from lbq.formats.packing import PackedWeight
 from lbq.quantizer import tensors
-from lbq.quantizer.convert import OnProgress, Prepared
 from lbq.quantizer.plan import Keep, Quantize
+from lbq.quantizer.prepare import Prepared
+from lbq.quantizer.writing import OnProgress
 
 
 class QuantizedOnLoad:

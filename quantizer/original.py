@@ -13,9 +13,9 @@ import torch
 from lbq.formats.artifact import DENSE_DTYPE
 from lbq.formats.packing import PackedWeight
 from lbq.formats.safetensors_file import Checkpoint
-from lbq.quantizer.convert import head_differs
 from lbq.quantizer.families import read_spec
 from lbq.quantizer.plan import Keep, Plan, keep_all
+from lbq.quantizer.prepare import head_differs
 from lbq.quantizer.source import SourceFolder, open_weights
 
 

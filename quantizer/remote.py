@@ -87,4 +87,5 @@ def open_remote(snapshot: Snapshot, folder: Path) -> Checkpoint:
         with ThreadPoolExecutor(REQUESTS) as pool:
             return list(pool.map(open_shard, paths))
 
-    return open_checkpoint(folder, [name for name in snapshot.files if "/" not in name], open_shards)
+    opened = open_checkpoint(folder, [name for name in snapshot.files if "/" not in name], open_shards)
+    return Checkpoint(Path(str(snapshot.hub_id)), opened.files)  # by its name on the Hub in errors

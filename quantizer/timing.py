@@ -17,9 +17,9 @@ from lbq.formats.disk import BLOCK, storage_errors
 from lbq.quantizer.autoround.blocks import LAYERS
 from lbq.quantizer.autoround.settings import Tuning
 from lbq.quantizer.autoround.tuner import products_dtype
-from lbq.quantizer.convert import Prepared
 from lbq.quantizer.measure import Meter
 from lbq.quantizer.plan import Plan, Quantize
+from lbq.quantizer.prepare import Prepared
 from lbq.quantizer.rtn import DEFAULT_RULES, quantize
 from lbq.quantizer.tensors import CPU_BLOCK, GPU_BLOCK
 

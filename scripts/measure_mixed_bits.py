@@ -23,9 +23,9 @@ from lbq.evaluation.scores import summarize
 from lbq.evaluation.stream import Side, stream
 from lbq.evaluation.study import saved
 from lbq.evaluation.windows import read_text
-from lbq.quantizer.convert import Prepared, prepare, replan
 from lbq.quantizer.on_load import QuantizedOnLoad
 from lbq.quantizer.original import open_original
+from lbq.quantizer.prepare import Prepared, prepare, replan
 from lbq.quantizer.request import MixedBits, make_request
 from lbq.quantizer.source import SourceFolder, resolve
 from lbq.runtime.devices import find_device

@@ -129,7 +129,7 @@ def test_a_gpu_that_is_not_here(checkpoints: Mapping[str, Path], lbq: Lbq) -> No
     plan = planned(lbq, "plan", checkpoints["llama"], "--gs", "32", "--device", "cuda")
     assert (plan["device"], plan["timing"], plan["gpu"]["free"]) == ("cuda", None, None)
     assert all(row["kernel"].startswith("Triton") for row in plan["layers"])
-    assert "time not measured" in lbq("plan", checkpoints["llama"], "--gs", "32", "--device", "cuda").out
+    assert "time not estimated" in lbq("plan", checkpoints["llama"], "--gs", "32", "--device", "cuda").out
 
 
 def test_what_is_refused(checkpoints: Mapping[str, Path], lbq: Lbq, tmp_path: Path) -> None:

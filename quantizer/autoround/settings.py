@@ -51,12 +51,8 @@ def make_tuning(
     batch_size: int | None = None,
     seed: int | None = None,
     calib: str | None = None,
-    restart: bool = False,
 ) -> Tuning | None:
-    """The settings of ``method``, None for round to nearest. Raises UsageError; also for an option without effect.
-
-    ``restart`` is none of the settings, and checked here because it is an option of the method.
-    """
+    """The settings of ``method``, None for round to nearest. Raises UsageError; also for an option without effect."""
     if method not in METHODS:
         raise UsageError(f"--method {method}: {' or '.join(METHODS)}")
     given = {
@@ -69,8 +65,6 @@ def make_tuning(
     }
     used = [option for option, value in given.items() if value is not None]
     if method == "rtn":
-        if restart:
-            used.append("--restart")
         if used:
             raise UsageError(f"{used[0]} has no effect on --method rtn; leave it out, or choose --method autoround")
         return None

@@ -19,7 +19,6 @@ from lbq.formats.errors import DataError
 from lbq.formats.packing import PackedWeight
 from lbq.formats.safetensors_file import Checkpoint, open_checkpoint
 from lbq.formats.spec import ModelSpec, Projection
-from lbq.quantizer.convert import head_differs
 from lbq.quantizer.families import read_quantized
 from lbq.quantizer.foreign.autoround import parse_autoround
 from lbq.quantizer.foreign.awq import parse_awq
@@ -30,6 +29,7 @@ from lbq.quantizer.foreign.gptq import parse_gptq
 from lbq.quantizer.foreign.layout import Layout, Stored
 from lbq.quantizer.foreign.mlx import parse_mlx
 from lbq.quantizer.plan import check_names, check_source
+from lbq.quantizer.prepare import head_differs
 from lbq.quantizer.source import SourceFolder
 
 Parser = Callable[[bytes, str], Layout]

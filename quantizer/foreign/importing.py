@@ -19,16 +19,18 @@ from lbq.formats.spec import ModelSpec
 from lbq.formats.staging import check_target
 from lbq.formats.tokenizer_file import TOKENIZER
 from lbq.hub.client import OnNote, quiet
-from lbq.quantizer.convert import Conversion, OnProgress, Prepared, check_output, write_artifact
+from lbq.quantizer.convert import Conversion, check_output, write_artifact
 from lbq.quantizer.families import read_quantized
 from lbq.quantizer.foreign.checkpoint import ForeignCheckpoint, open_foreign
 from lbq.quantizer.foreign.images import Images, Wish
 from lbq.quantizer.methods import Given
 from lbq.quantizer.plan import Keep, Plan, Quantize, casts, layer_order
+from lbq.quantizer.prepare import Prepared
 from lbq.quantizer.request import SHARD_BYTES, Request, scheme
 from lbq.quantizer.rtn import DEFAULT_RULES
 from lbq.quantizer.source import SourceFolder, check_tokenizer, resolve
 from lbq.quantizer.tensors import CPU_BLOCK
+from lbq.quantizer.writing import OnProgress
 
 
 @dataclass(frozen=True)

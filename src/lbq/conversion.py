@@ -17,10 +17,12 @@ from lbq.hub.client import OnNote, quiet
 from lbq.page import render
 from lbq.quantizer.autoround.run import OnProgress as OnTuned
 from lbq.quantizer.autoround.settings import make_tuning
-from lbq.quantizer.convert import Conversion, Prepared, check_output, fetched, prepare, write_artifact
-from lbq.quantizer.convert import OnProgress as OnTensor
+from lbq.quantizer.convert import Conversion, check_output, write_artifact
+from lbq.quantizer.fetching import OnFetch
+from lbq.quantizer.prepare import Prepared, placed, prepare
 from lbq.quantizer.request import SHARD_BYTES, Request, make_request
 from lbq.quantizer.source import resolve
+from lbq.quantizer.writing import OnProgress as OnTensor
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
@@ -60,7 +62,6 @@ def make_order(
     batch_size: int | None = None,
     seed: int | None = None,
     calib: str | None = None,
-    restart: bool = False,
     report: Kind | None = None,
     text: Path | None = None,
     report_tokens: int | None = None,
@@ -80,7 +81,6 @@ def make_order(
         batch_size=batch_size,
         seed=seed,
         calib=None if for_units and (method == "rtn" or iters == 0) else calib,
-        restart=restart,
     )
     request = make_request(
         4 if bits is None else bits,
@@ -105,6 +105,7 @@ class Job:
     target: Path
     device: DeviceName
     overwrite: bool
+    restart: bool = False
     measurement: Measurement | None = None
     study: Study | None = None
 
@@ -128,9 +129,9 @@ class Job:
     def run(
         self,
         *,
-        restart: bool = False,
         on_tuned: OnTuned | None = None,
         on_progress: OnTensor | None = None,
+        on_fetch: OnFetch | None = None,
         on_measured: OnProgress | None = None,
     ) -> Conversion:
         """Convert and measure; errors as :func:`convert`."""
@@ -147,9 +148,10 @@ class Job:
             device=self.device,
             measure=measure if self.measurement else None,
             page=render if self.measurement else None,
-            restart=restart,
+            restart=self.restart,
             on_progress=on_progress,
             on_tuned=on_tuned,
+            on_fetch=on_fetch,
         )
 
 
@@ -162,12 +164,16 @@ def decide(
     device: DeviceName = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
+    stream: bool | None = None,
+    restart: bool = False,
     on_note: OnNote = quiet,
 ) -> Job:
     """Find the model and decide what becomes of it; ``on_note`` hears of what differs from the order.
 
-    A ``dry_run`` looks at no output, device or text, and leaves weights on the Hub. Raises what is wrong with any of
-    them, and with the model; weights are fetched when all else has been found good.
+    ``stream``: see :func:`lbq.quantizer.prepare.placed`; ``restart`` drops what an interrupted conversion into the same
+    folder has finished. A ``dry_run`` looks at no output, device or text, and leaves weights on the Hub.
+
+    Raises what is wrong with any of them, and with the model; weights are fetched when all else has been found good.
     """
     if out is not None and not dry_run:
         check_output(model, out, overwrite=overwrite)
@@ -183,11 +189,12 @@ def decide(
         on_note(measurement.device.note)
     if order.target_bpw is not None:
         freedom(prepared).check(order.target_bpw)
-    whole = fetched(prepared)
-    for line in whole.plan.notes:
+    rereads = None if measurement is None else f"--report {order.report.kind}"
+    there = placed(prepared, target, stream=stream, restart=restart, rereads=rereads, on_note=on_note)
+    for line in there.plan.notes:
         if line not in prepared.plan.notes:  # weights can say more than headers
             on_note(line)
-    return Job(order, whole, target, device, overwrite, measurement)
+    return Job(order, there, target, device, overwrite, restart, measurement)
 
 
 def convert(
@@ -209,7 +216,6 @@ def convert(
     batch_size: int | None = None,
     seed: int | None = None,
     calib: str | None = None,
-    restart: bool = False,
     report: Kind | None = None,
     text: str | Path | None = None,
     report_tokens: int | None = None,
@@ -218,23 +224,29 @@ def convert(
     device: DeviceName = "auto",
     strict: bool = False,
     overwrite: bool = False,
+    stream: bool | None = None,
+    restart: bool = False,
     on_note: OnNote = quiet,
     on_units: OnProgress | None = None,
     on_tuned: OnTuned | None = None,
     on_progress: OnTensor | None = None,
+    on_fetch: OnFetch | None = None,
     on_measured: OnProgress | None = None,
 ) -> Conversion:
     """Quantize ``model``, a folder or a Hub id, into the folder ``out`` (default: ``./NAME-int4-g256``).
 
     The arguments are those of ``lbq convert``. ``bits`` is 4 by default; ``group`` None is one scale a row at 8 bits
     and 128 below; ``overrides`` are ``PATTERN=BITS``. ``target_bpw`` instead of ``bits`` chooses those of each unit, by
-    measurements or by those of the artifact ``sensitivity``. ``iters`` to ``restart`` are for ``method="autoround"``,
+    measurements or by those of the artifact ``sensitivity``. ``iters`` to ``calib`` are for ``method="autoround"``,
     and ``calib`` is also what units are measured on. ``report`` "kl" measures the artifact against its source on
-    ``text`` before it appears, "full" its units too.
+    ``text`` before it appears, "full" its units too. With ``stream`` the files of a source on the Hub are fetched,
+    converted and dropped one by one, None doing so where the cache has no room for them. ``restart`` drops what an
+    interrupted conversion has left beside ``out``.
 
     What differs from the request is in the result's ``manifest.notes``, and ``on_note`` hears of it. Of progress hear,
     in this order: ``on_units`` (steps done, in all), ``on_tuned``, ``on_progress`` (name of a tensor, bytes that were
-    read) and ``on_measured`` (steps done, in all).
+    read), with ``on_fetch`` between (name of a file that is waited for, bytes that are here, in all), and
+    ``on_measured`` (steps done, in all).
 
     Raises an LbqError of any kind; nothing stands under ``out`` then.
     """
@@ -254,7 +266,6 @@ def convert(
         batch_size=batch_size,
         seed=seed,
         calib=calib,
-        restart=restart,
         report=report,
         text=None if text is None else Path(text),
         report_tokens=report_tokens,
@@ -262,7 +273,17 @@ def convert(
         strict=strict,
     )
     target = None if out is None else Path(out)
-    job = decide(model, order, target, revision=revision, device=device, overwrite=overwrite, on_note=on_note)
+    job = decide(
+        model,
+        order,
+        target,
+        revision=revision,
+        device=device,
+        overwrite=overwrite,
+        stream=stream,
+        restart=restart,
+        on_note=on_note,
+    )
     if order.report.kind == "full":
         job = job.studied(on_units)
-    return job.run(restart=restart, on_tuned=on_tuned, on_progress=on_progress, on_measured=on_measured)
+    return job.run(on_tuned=on_tuned, on_progress=on_progress, on_fetch=on_fetch, on_measured=on_measured)

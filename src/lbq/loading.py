@@ -13,7 +13,8 @@ from lbq.hub.client import OnNote, quiet
 from lbq.runtime.model import LoadSettings, Model, bind_now, open_model, open_weights
 
 if TYPE_CHECKING:  # an artifact loads without the quantizer
-    from lbq.quantizer.convert import OnProgress, Prepared
+    from lbq.quantizer.prepare import Prepared
+    from lbq.quantizer.writing import OnProgress
 
 __all__ = ["check_checkpoint", "load", "quantize_on_load"]
 
@@ -44,7 +45,7 @@ def load(
         if group is not None or lm_head is not None or keep or overrides:
             raise UsageError("group, lm_head, keep and overrides go with bits, which quantizes a checkpoint")
         return bind_now(open_model(find_artifact(model, revision, on_note=on_note or quiet), **settings))
-    from lbq.quantizer.convert import prepare
+    from lbq.quantizer.prepare import prepare
     from lbq.quantizer.request import make_request
     from lbq.quantizer.source import resolve
 

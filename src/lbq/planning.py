@@ -15,8 +15,8 @@ from lbq.formats.manifest import DenseTensor, QuantizedModule
 from lbq.formats.readers import Fit, sglang_fit, vllm_fit
 from lbq.formats.scheme import Scheme
 from lbq.formats.wording import pattern
-from lbq.quantizer.convert import Prepared
 from lbq.quantizer.plan import Plan, Quantize
+from lbq.quantizer.prepare import Prepared
 from lbq.quantizer.timing import Timing, estimate
 from lbq.runtime.devices import CpuDevice, CudaDevice
 from lbq.runtime.needs import Needs, Served, needs
@@ -79,6 +79,8 @@ class Forecast:
     bits_per_weight: float
     source_bytes: int
     remote_bytes: int  # on the Hub, and yet to be fetched
+    largest_remote: int  # file of them
+    cache_free: int | None  # bytes free where they would go; None: they are here
     peak_bytes: int  # of memory on top of the interpreter's, to convert
     disk_bytes: int  # to convert, the artifact among them
     disk_free: int
@@ -116,6 +118,8 @@ def forecast(
         bits_per_weight=plan.bits_per_weight,
         source_bytes=prepared.source_bytes,
         remote_bytes=prepared.remote_bytes,
+        largest_remote=prepared.largest_remote,
+        cache_free=free_bytes(prepared.source.folder) if prepared.remote_bytes else None,
         peak_bytes=prepared.peak_bytes,
         disk_bytes=plan.nbytes + prepared.tuning_sizes.disk,
         disk_free=free_bytes(out),

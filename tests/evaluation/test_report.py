@@ -21,7 +21,8 @@ from lbq.formats.artifact import open_artifact, verify
 from lbq.formats.errors import DataError, DeviceError, UsageError
 from lbq.formats.quality import Quality
 from lbq.formats.report import read_report
-from lbq.quantizer.convert import prepare, write_artifact
+from lbq.quantizer.convert import write_artifact
+from lbq.quantizer.prepare import prepare
 from lbq.quantizer.request import make_request
 from lbq.quantizer.source import resolve
 from lbq.runtime.devices import CpuDevice

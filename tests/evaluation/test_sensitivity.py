@@ -16,8 +16,9 @@ from lbq.evaluation.sensitivity import measure
 from lbq.evaluation.windows import Windows, read_text
 from lbq.formats.errors import DataError, UsageError
 from lbq.formats.quality import Estimate, Sensitivity
-from lbq.quantizer.convert import prepare, write_artifact
+from lbq.quantizer.convert import write_artifact
 from lbq.quantizer.original import open_original
+from lbq.quantizer.prepare import prepare
 from lbq.quantizer.request import make_request
 from lbq.quantizer.source import resolve
 from lbq.runtime.devices import CpuDevice, CudaDevice

@@ -76,7 +76,7 @@ class Points:
                 os.kill(os.getpid(), signal.SIGKILL)
             return pwrite(descriptor, data, offset)
 
-        for name in ("open", "fsync", "rename", "mkdir", "unlink", "rmdir"):
+        for name in ("open", "fsync", "rename", "link", "mkdir", "unlink", "rmdir"):
             setattr(os, name, self.wrap(getattr(os, name)))
         os.pwrite = self.wrap(torn)
         staging.exchange = self.wrap(staging.exchange)

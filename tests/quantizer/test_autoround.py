@@ -318,7 +318,7 @@ def test_broken_weights_are_found_at_once(
         ({"method": "gptq"}, "--method gptq: rtn or autoround"),
         ({"iters": 5}, "--iters has no effect on --method rtn"),
         ({"calib": "a.txt"}, "--calib has no effect on --method rtn"),
-        ({"restart": True}, "--restart has no effect on --method rtn"),
+        ({"restart": True}, "--restart has no effect"),
         ({"method": "autoround", "iters": -1}, "--iters -1: 0 or more"),
         ({"method": "autoround", "nsamples": 0}, "--nsamples 0: 1 or more"),
         ({"method": "autoround", "seqlen": 1}, "--seqlen 1: 2 or more"),

@@ -290,7 +290,7 @@ def test_signals(number: str, code: int, tune: Tune) -> None:
     lines = done.stderr.splitlines()
     assert lines[0] == "tuning 3 blocks, 0 of them finished before"
     assert re.fullmatch(r"block 1/3: loss \S+ → \S+, \d+ s left", lines[1])
-    assert lines[2] == "lbq: finished blocks are kept; the same command goes on with them"
+    assert lines[2] == "lbq: what is finished is kept; the same command goes on with it"
     assert lines[3:] == (["lbq: interrupted"] if number == "SIGINT" else [])
     assert os.listdir(tune.target.parent) == [".out.work"]
     tune()

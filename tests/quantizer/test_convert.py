@@ -29,7 +29,8 @@ from lbq.formats.safetensors_file import open_checkpoint
 from lbq.formats.scheme import Scheme
 from lbq.formats.staging import StagedFolder
 from lbq.quantizer import tensors
-from lbq.quantizer.convert import prepare, write_artifact
+from lbq.quantizer.convert import write_artifact
+from lbq.quantizer.prepare import prepare
 from lbq.quantizer.request import MixedBits, make_request
 from lbq.quantizer.rtn import quantize
 from lbq.quantizer.source import resolve
@@ -498,13 +499,13 @@ def test_signals(number: str, code: int, says: str, checkpoints: Mapping[str, Pa
     program = (
         "import os, signal, sys, time\n"
         "from lbq import cli\n"
-        "from lbq.quantizer import convert\n"
+        "from lbq.quantizer import measure\n"
         "def stop(*_):\n"
         "    staged = os.listdir('.out.staging')\n"
         "    print(staged, flush=True)\n"
         f"    os.kill(os.getpid(), signal.{number})\n"
         "    time.sleep(60)\n"
-        "convert.Meter.report = stop\n"
+        "measure.Meter.report = stop\n"
         "cli.main()\n"
     )
     done = subprocess.run(

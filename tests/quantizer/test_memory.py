@@ -18,7 +18,8 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import torch
-import lbq.quantizer.convert as conversion
+from lbq.quantizer.convert import write_artifact
+from lbq.quantizer.prepare import prepare
 from lbq.quantizer.on_load import QuantizedOnLoad
 from lbq.quantizer.request import make_request
 from lbq.quantizer.source import resolve
@@ -29,12 +30,12 @@ def peak():
 before = peak()
 """
 CONVERT = """
-prepared = conversion.prepare(resolve(sys.argv[1]), make_request(4, 128))
-done = conversion.write_artifact(prepared, Path(sys.argv[2]), device="cpu")
+prepared = prepare(resolve(sys.argv[1]), make_request(4, 128))
+done = write_artifact(prepared, Path(sys.argv[2]), device="cpu")
 print(before, peak(), done.manifest.summary.weights)
 """
 LOAD = """
-prepared = conversion.prepare(resolve(sys.argv[1]), make_request(4, 128))
+prepared = prepare(resolve(sys.argv[1]), make_request(4, 128))
 bound = bind(QuantizedOnLoad(prepared, torch.device("cpu")), CpuDevice(exact=False))
 print(before, peak(), bound.resident_bytes)
 """

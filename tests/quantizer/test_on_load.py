@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lbq.formats.artifact import open_artifact
-from lbq.quantizer.convert import prepare, write_artifact
+from lbq.quantizer.convert import write_artifact
 from lbq.quantizer.on_load import QuantizedOnLoad
+from lbq.quantizer.prepare import prepare
 from lbq.quantizer.request import make_request
 from lbq.quantizer.source import resolve
 

@@ -12,8 +12,8 @@ import torch
 from lbq.formats.errors import DataError, UsageError
 from lbq.formats.safetensors_file import open_checkpoint
 from lbq.formats.scheme import Scheme
-from lbq.quantizer.convert import prepare, replan
 from lbq.quantizer.plan import Keep, Plan, Quantize
+from lbq.quantizer.prepare import prepare, replan
 from lbq.quantizer.request import MixedBits, make_request
 from lbq.quantizer.source import SourceFolder
 

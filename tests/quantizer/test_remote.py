@@ -14,10 +14,10 @@ from hub_stub import Answer, Hub, Request
 
 from lbq.conversion import decide, make_order
 from lbq.formats.errors import DataError, RemoteError, UsageError
-from lbq.quantizer import convert as converting
+from lbq.quantizer import prepare as preparing
 from lbq.quantizer import remote, timing
-from lbq.quantizer.convert import prepare
 from lbq.quantizer.plan import HEAD_DIFFERS
+from lbq.quantizer.prepare import prepare
 from lbq.quantizer.request import make_request
 from lbq.quantizer.source import fetch_weights, resolve
 
@@ -67,6 +67,8 @@ def test_the_plan_of_the_same_folder(source: Path, hub: Hub, lbq: Lbq, tmp_path:
     plan, local = json.loads(there.out), json.loads(here.out)
     sizes = {path.name: path.stat().st_size for path in source.glob("*.safetensors")}
     assert (plan.pop("remote_bytes"), local.pop("remote_bytes")) == (sum(sizes.values()), 0)
+    assert (plan.pop("largest_remote"), local.pop("largest_remote")) == (max(sizes.values()), 0)
+    assert (plan.pop("cache_free") > 0, local.pop("cache_free")) == (True, None)
     assert plan.pop("timing")["reading"] is None
     assert local.pop("timing")["reading"] > 0
     del plan["disk_free"], local["disk_free"]
@@ -181,7 +183,7 @@ def test_a_head_that_differs_further_on(
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
 
     hub.add_folder(NAME, make_checkpoint("smollm2", edit=both))
-    monkeypatch.setattr(converting, "REMOTE_PIECES", 0)
+    monkeypatch.setattr(preparing, "REMOTE_PIECES", 0)
     said: list[str] = []
     job = decide(NAME, make_order(group=32), tmp_path / "out", device="cpu", on_note=said.append)
     assert [note for note in said if note in job.prepared.plan.notes] == list(job.prepared.plan.notes)

@@ -25,6 +25,10 @@ REPORT_HELP = (
     "full: also what each layer's part in it is.  [weights; full with --target-bpw]"
 )
 TARGET_HELP = "Instead of --bits: the bits of each layer that cost the least at this many bits a weight, measured."
+STREAM_HELP = (
+    "Of a Hub id: fetch, convert and drop one file after another, or fetch all into the cache.  "
+    "[--stream where the cache has no room]"
+)
 SENSITIVITY_HELP = "Do not measure layers again: take them from this artifact's report, which must be full."
 
 
@@ -42,6 +46,8 @@ SENSITIVITY_HELP = "Do not measure layers again: take them from this artifact's 
 @click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Say what would be written, from headers alone.")
+@click.option("--stream/--no-stream", default=None, help=STREAM_HELP)
+@click.option("--restart", is_flag=True, help="Drop what an interrupted --method autoround or --stream has finished.")
 @click.option("--strict", is_flag=True, help="Fail where anything would differ from what was asked for.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -52,6 +58,8 @@ def convert(
     out: Path | None,
     device: Literal["auto", "cpu", "cuda"],
     dry_run: bool,
+    stream: bool | None,
+    restart: bool,
     overwrite: bool,
     as_json: bool,
     **options: Any,
@@ -74,6 +82,8 @@ def convert(
         device=device,
         overwrite=overwrite,
         dry_run=dry_run,
+        stream=stream,
+        restart=restart,
         on_note=note,
     )
     if order.report.kind == "full" and (order.target_bpw is not None or not dry_run):
@@ -85,15 +95,15 @@ def convert(
         show(forecast(job.prepared, job.target, device), as_json)
         return
     try:
-        done = _run(job, restart=method.restart)
+        done = _run(job)
     except (KeyboardInterrupt, SystemExit):
-        if order.request.tuning is not None and unfinished(job.target):
-            click.echo("lbq: finished blocks are kept; the same command goes on with them", err=True)
+        if unfinished(job.target):
+            click.echo("lbq: what is finished is kept; the same command goes on with it", err=True)
         raise
     _print_result(done, model, as_json)
 
 
-def _run(job: Job, *, restart: bool) -> Conversion:
+def _run(job: Job) -> Conversion:
     """With a bar for each part of the work, one after the other."""
     prepared = job.prepared
     with (
@@ -101,7 +111,7 @@ def _run(job: Job, *, restart: bool) -> Conversion:
         progress("Converting", len(prepared.plan.steps), prepared.source_bytes) as bar,
         steps("Measuring") as measured,
     ):
-        return job.run(restart=restart, on_tuned=tuned, on_progress=bar.advance, on_measured=measured)
+        return job.run(on_tuned=tuned, on_progress=bar.advance, on_fetch=bar.waits, on_measured=measured)
 
 
 def _print_result(done: Conversion, model: str, as_json: bool) -> None:

@@ -95,6 +95,11 @@ class Bar:
         if self._progress.finished:
             self._progress.stop()  # something else may be shown behind
 
+    def waits(self, name: str, done: int, total: int) -> None:
+        """A file is on its way."""
+        self._progress.start()
+        self._progress.update(self._task, name=f"fetching {name} ({size(done)} of {size(total)})")
+
 
 @contextmanager
 def progress(what: str, items: int, nbytes: int) -> Iterator[Bar]:

@@ -62,7 +62,6 @@ class Method:
     batch_size: int | None
     calib: str | None
     seed: int | None
-    restart: bool
 
 
 def quantization_options(*, at_load: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -101,7 +100,6 @@ def method_options() -> Callable[[Callable[..., None]], Callable[..., None]]:
         click.option("--batch-size", type=int, help="autoround: samples a step.  [8]"),
         click.option("--calib", metavar="FILE|DATASET", help=CALIB_HELP),
         click.option("--seed", type=int, help="autoround: of samples and steps.  [42]"),
-        click.option("--restart", is_flag=True, help="autoround: drop what an interrupted run has finished."),
     )
     return _as_one("method", Method, options)
 

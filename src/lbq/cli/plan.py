@@ -71,8 +71,11 @@ def show(found: Forecast, as_json: bool) -> None:
         f"converts  with {size(found.peak_bytes)} of memory on top of Python's and {size(found.disk_bytes)} of disk "
         f"({size(found.disk_free)} free), {_time(found.timing)}"
     )
-    if found.remote_bytes:
-        click.echo(f"fetches   {size(found.remote_bytes)} from the Hub")
+    if found.cache_free is not None:
+        click.echo(
+            f"fetches   {size(found.remote_bytes)} from the Hub into the cache ({size(found.cache_free)} free), "
+            f"or with --stream two files at a time, of at most {size(found.largest_remote)}"
+        )
     click.echo(f"runs      with texts of up to {found.cpu.context} tokens, on a CPU in {_memory(found.cpu)}")
     click.echo(f"          on a GPU in {_memory(found.gpu)}{_free(found.gpu)}")
 
@@ -123,7 +126,7 @@ def _fit(fit: Fit) -> str:
 
 def _time(timing: Timing | None) -> str:
     if timing is None:
-        return "its time not measured: the device is not here"
+        return "its time not estimated"
     known = {"quantizing": timing.quantizing, "reading": timing.reading, "writing": timing.writing}
     parts = ", ".join(f"{what} {_seconds(seconds)}" for what, seconds in known.items() if seconds is not None)
     return f"in about {_seconds(timing.seconds)} here ({parts})"

@@ -14,7 +14,7 @@ from lbq.cli.options import Wish, quantization_options
 from lbq.formats.errors import DataError, DeviceError, UsageError
 
 if TYPE_CHECKING:
-    from lbq.quantizer.convert import Prepared
+    from lbq.quantizer.prepare import Prepared
     from lbq.runtime.model import LoadSettings, Model
     from lbq.runtime.text.generation import Finish
     from lbq.runtime.text.session import ChatSession
@@ -138,7 +138,7 @@ def _open_artifact(artifact: str, wish: Wish, where: LoadSettings) -> tuple[Mode
 
 def _open_checkpoint(checkpoint: str, wish: Wish, where: LoadSettings) -> tuple[Model, _Loading]:
     from lbq.loading import check_checkpoint, quantize_on_load
-    from lbq.quantizer.convert import prepare
+    from lbq.quantizer.prepare import prepare
     from lbq.quantizer.source import resolve
 
     request = wish.request(strict=where["strict"])

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from lbq.evaluation.allocation import Candidate, Choice, Frontier, frontier
 from lbq.formats.errors import UsageError
 from lbq.formats.quality import FrontierPoint, Sensitivity
-from lbq.quantizer.convert import Prepared, replan
 from lbq.quantizer.plan import Quantize
+from lbq.quantizer.prepare import Prepared, replan
 from lbq.quantizer.request import MixedBits
 
 BITS = (8, 4, 3)

@@ -13,8 +13,8 @@ from lbq.evaluation.windows import BUNDLED_TOKENS, bundled_text, read_text
 from lbq.formats.artifact import open_artifact
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.quality import Quality
-from lbq.quantizer.convert import Prepared
 from lbq.quantizer.original import open_original
+from lbq.quantizer.prepare import Prepared
 from lbq.runtime.devices import device_errors, find_device
 
 Kind = Literal["weights", "kl", "full"]

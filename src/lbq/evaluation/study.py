@@ -18,8 +18,8 @@ from lbq.formats.errors import DataError, UsageError
 from lbq.formats.quality import Estimate, FrontierPoint, Quality, Sensitivity, Text
 from lbq.formats.report import report_of
 from lbq.quantizer.calibration import calibrate
-from lbq.quantizer.convert import Prepared
 from lbq.quantizer.original import Original, open_original
+from lbq.quantizer.prepare import Prepared
 from lbq.quantizer.source import CONFIG
 from lbq.runtime.devices import Device, device_errors
 

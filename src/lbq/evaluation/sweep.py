@@ -28,10 +28,10 @@ from lbq.formats.manifest import MANIFEST
 from lbq.formats.packing import BITS, GROUPS
 from lbq.formats.quality import Scores
 from lbq.hub.client import OnNote, quiet
-from lbq.quantizer.convert import Prepared, prepare, replan
 from lbq.quantizer.on_load import QuantizedOnLoad
 from lbq.quantizer.original import Original
 from lbq.quantizer.plan import keep_all
+from lbq.quantizer.prepare import Prepared, prepare, replan
 from lbq.quantizer.request import make_request
 from lbq.quantizer.source import resolve
 from lbq.runtime.devices import Device, device_errors, find_device, set_threads

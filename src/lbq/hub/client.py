@@ -25,6 +25,7 @@ TIMEOUT = 30.0  # seconds until a question about a repository counts as unanswer
 WAITS = (1, 2, 4, 8)  # seconds between attempts
 LONGEST_WAIT = 300  # seconds; the Hub counts requests over five minutes
 PARTIAL = 206
+CHUNK = 1 << 20  # bytes of an answer that are handled at a time
 _PASSING = frozenset((408, 429, 500, 502, 503, 504))
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -105,9 +106,14 @@ def patiently(call: Callable[[], T], on_note: OnNote) -> T:
     return call()
 
 
-def read_range(api: HfApi, repository: str, name: str, revision: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a file on the Hub, as many as it has. Raises the client's errors, RemoteError for a server
-    that knows no ranges."""
+@contextmanager
+def open_range(
+    api: HfApi, repository: str, name: str, revision: str, start: int, stop: int
+) -> Iterator[Iterator[bytes]]:
+    """Bytes [start, stop) of a file on the Hub, as they come; whoever reads them stops at what is too much.
+
+    Raises the client's errors, RemoteError for a server that knows no ranges and is asked for one from the middle.
+    """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -118,12 +124,7 @@ def read_range(api: HfApi, repository: str, name: str, revision: str, start: int
         hf_raise_for_status(answer)
         if answer.status_code != PARTIAL and start:
             raise RemoteError(f"{repository}: {name}: the server knows no ranges; look at HF_ENDPOINT")
-        content = bytearray()
-        for block in answer.iter_bytes():
-            content += block
-            if len(content) >= stop - start:  # else a server without ranges would send all of it
-                break
-    return bytes(content[: stop - start])
+        yield answer.iter_bytes(CHUNK)
 
 
 def is_unreachable(error: Exception) -> bool:

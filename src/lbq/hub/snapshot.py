@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lbq.formats.disk import check_plain_name, shown, storage_errors
+from lbq.formats.disk import check_plain_name, shown, storage_errors, write_at
 from lbq.formats.errors import DataError, LbqError, RemoteError
 from lbq.formats.manifest import MANIFEST
 from lbq.hub.client import (
@@ -19,9 +20,9 @@ from lbq.hub.client import (
     is_offline,
     is_unreachable,
     new_api,
+    open_range,
     patiently,
     quiet,
-    read_range,
     told,
 )
 from lbq.hub.names import HubId, is_commit
@@ -102,21 +103,49 @@ class Snapshot:
         """
         if not self.online:
             raise RemoteError(f"{self}: {name} is not in the cache, and the Hub is out of reach: run again with it")
+
+        def ask() -> bytes:
+            content = bytearray()
+            with open_range(self._api, self.hub_id.name, name, self.commit, start, stop) as blocks:
+                for block in blocks:
+                    content += block
+                    if len(content) >= stop - start:  # else a server without ranges would send all of the file
+                        break
+            return bytes(content[: stop - start])
+
         with hub_errors(f"{self.hub_id}: {name}"):
-            return patiently(lambda: read_range(self._api, self.hub_id.name, name, self.commit, start, stop), quiet)
+            return patiently(ask, quiet)
 
-    def fetch_into(self, folder: Path, name: str) -> Path:
-        """A file fetched into a folder and not into the cache; one that was cut there goes on. Errors as :meth:`fetch`.
+    def download(self, name: str, path: Path, on_bytes: Callable[[int], None]) -> None:
+        """Fetch a file to ``path`` and not into the cache; what an interrupted call has left beside it is gone on with.
 
-        The client keeps its own notes in ``folder/.cache``.
+        ``on_bytes`` hears of all bytes that are there, and may raise to end it. The content is not checked. For use in
+        any thread. Raises DataError for a name that is not plain, RemoteError for the Hub, StorageError for the disk.
         """
         check_plain_name(name, str(self))
+        total, part = self.size(name), path.with_name(f"{path.name}.part")
+        here = part.stat().st_size if part.exists() else 0
 
-        def download() -> str:
-            return self._api.hf_hub_download(self.hub_id.name, name, revision=self.commit, local_dir=folder)
+        def go_on() -> None:
+            nonlocal here
+            with storage_errors(path):
+                file = part.open("r+b" if here else "wb", buffering=0)
+            with file, open_range(self._api, self.hub_id.name, name, self.commit, here, total) as blocks:
+                for block in blocks:
+                    with storage_errors(path, total - here):
+                        write_at(file.fileno(), memoryview(block), here)
+                    here += len(block)
+                    on_bytes(here)
 
         with hub_errors(f"{self.hub_id}: {name}"):
-            return Path(patiently(download, quiet))
+            while here < total:
+                before = here
+                try:
+                    patiently(go_on, quiet)
+                except Exception:
+                    if here == before:  # else these attempts were worth it
+                        raise
+        os.rename(part, path)
 
     def forget(self, name: str) -> None:
         """Remove a file from the cache, content and all."""
