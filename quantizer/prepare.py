@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lbq.formats.disk import free_bytes, require_space
-from lbq.formats.errors import UsageError
+from lbq.formats.errors import StorageError, UsageError
 from lbq.formats.safetensors_file import Checkpoint
 from lbq.formats.spec import ModelSpec
 from lbq.formats.tokenizer_file import TOKENIZER
@@ -149,11 +149,15 @@ def placed(
     need = prepared.remote_bytes + (
         prepared.plan.nbytes + SPARE_BYTES if _same_disk(prepared.source.folder, out) else 0
     )
-    if stream is None and not rereads and free_bytes(prepared.source.folder) < need:
-        on_note(
-            f"no room for the source in the cache ({need} bytes needed, {free_bytes(prepared.source.folder)} free): "
-            "its files are fetched, converted and dropped one by one"
-        )
+    free = free_bytes(prepared.source.folder)
+    if stream is None and free < need:
+        lack = f"no room for the source in the cache ({need} bytes needed, {free} free)"
+        if rereads:
+            raise StorageError(
+                f"{prepared.source.folder}: {lack}, and {rereads} reads it more than once; "
+                "make room, let HF_HUB_CACHE name a larger disk, or leave it out: files are then converted one by one"
+            )
+        on_note(f"{lack}: its files are fetched, converted and dropped one by one")
         stream = True
     if stream:
         return _confirmed(prepared)

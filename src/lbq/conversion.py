@@ -189,7 +189,8 @@ def decide(
         on_note(measurement.device.note)
     if order.target_bpw is not None:
         freedom(prepared).check(order.target_bpw)
-    rereads = None if measurement is None else f"--report {order.report.kind}"
+    measures = f"--report {order.report.kind}" if order.target_bpw is None else "--target-bpw"
+    rereads = None if measurement is None else measures
     there = placed(prepared, target, stream=stream, restart=restart, rereads=rereads, on_note=on_note)
     for line in there.plan.notes:
         if line not in prepared.plan.notes:  # weights can say more than headers

@@ -84,11 +84,15 @@ def test_the_same_bytes(source: Path, hub: Hub, out: Path, tmp_path: Path) -> No
     assert names(source) < manifest["source"]["files"].keys()
 
 
-def test_two_shards_at_a_time(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    most, real = [0], Snapshot.download
+def test_two_shards_at_a_time(source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most, real = [0, 0], Snapshot.download
 
     def look() -> None:
-        most[0] = max(most[0], len(list(out.parent.glob(".out.stream/source/*"))))
+        """At files of the source, and at the bytes of all weights on the disk."""
+        found = [path for folder in (out.parent, tmp_path / "hf-home") for path in folder.rglob("*.safetensors*")]
+        sizes = {path.stat().st_ino: path.stat().st_size for path in found}
+        most[0] = max(most[0], sum(path.parent.name == "source" for path in found))
+        most[1] = max(most[1], sum(sizes.values()))
 
     def download(self: Snapshot, name: str, path: Path, on_bytes: Callable[[int], None]) -> None:
         look()
@@ -114,7 +118,10 @@ def test_two_shards_at_a_time(source: Path, out: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Fetcher, "take", slowly)
     convert(NAME, out, stream=True, on_progress=progress, **OPTIONS)
     assert sorted(taken) == sorted(names(source))
-    assert most == [2]
+    assert most[0] == 2
+    shards = [path.stat().st_size for path in source.glob("*.safetensors")]
+    artifact = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert artifact < most[1] <= 2 * max(shards) + artifact
 
 
 def test_files_in_the_cache_are_used_and_stay(source: Path, hub: Hub, out: Path) -> None:
@@ -262,6 +269,26 @@ def test_by_itself_where_the_cache_has_no_room(
     assert list((tmp_path / "hf-home").rglob("*.safetensors"))
 
 
+def test_no_room_for_what_is_read_more_than_once(
+    source: Path, hub: Hub, out: Path, lbq: Lbq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before any weight is fetched, with what there is to do."""
+    del source
+    real = prepare.free_bytes
+    monkeypatch.setattr(prepare, "free_bytes", lambda path: 1000 if "hf-home" in str(path) else real(path))
+    text = out.with_name("text.txt")
+    text.write_text("all is well " * 1000)
+    for name, options in (
+        ("--report kl", ("--report", "kl", "--text", text)),
+        ("--target-bpw", ("--target-bpw", "5", "--text", text)),
+        ("--method autoround", ("--method", "autoround", "--iters", "0")),
+    ):
+        done = lbq("convert", NAME, "--gs", "32", "--out", out, *options)
+        assert (done.code, f"{name} reads it more than once; make room" in done.error) == (4, True), done
+    assert fetched(hub) == []
+    assert not out.exists()
+
+
 def test_a_full_disk(source: Path, out: Path, lbq: Lbq, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a file is fetched: the error says how much is needed, and a rerun goes on."""
     real, calls = snapshot.write_at, [0]
@@ -299,6 +326,7 @@ def test_what_does_not_go_together(source: Path, out: Path, lbq: Lbq) -> None:
         (source, ("--stream",), "--stream has no effect on a folder"),
         (source, ("--restart",), "--restart has no effect"),
         (NAME, ("--stream", "--report", "kl"), "--stream reads the source once, --report kl more than once"),
+        (NAME, ("--stream", "--target-bpw", "5"), "--stream reads the source once, --target-bpw more than once"),
         (NAME, ("--stream", "--method", "autoround", "--iters", "0"), "--method autoround more than once"),
     ):
         done = lbq("convert", model, "--gs", "32", "--out", out, *options)
