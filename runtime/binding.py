@@ -17,7 +17,7 @@ from lbq.formats.spec import Attention, ModelSpec, Norm, Projection, Rope
 from lbq.formats.wording import pattern
 from lbq.runtime.attention import AttentionMixer
 from lbq.runtime.decoder import Decoder, DecoderLayer, Mlp
-from lbq.runtime.kernels.linear import Choice, Linear
+from lbq.runtime.kernels.linear import Choice, Linear, Matrix
 from lbq.runtime.norm import RmsNorm
 from lbq.runtime.rope import Rotary
 
@@ -73,9 +73,10 @@ class Kernels(Protocol):
 
 @dataclass(frozen=True)
 class KernelUse:
-    """A kernel that serves ``count`` units whose names differ in the layer's number alone (``*``)."""
+    """A kernel that serves ``count`` units of one matrix whose names differ in the layer's number alone (``*``)."""
 
     units: str
+    matrix: Matrix
     kernel: str
     fallback: str | None
     count: int
@@ -104,7 +105,7 @@ class Binder:
 
     def __init__(self, weights: Weights, kernels: Kernels) -> None:
         self._weights, self._kernels, self._spec = weights, kernels, weights.spec
-        self._uses: dict[tuple[str, str, str | None], int] = {}
+        self._uses: dict[tuple[str, Matrix, str, str | None], int] = {}
         self._rotaries: dict[Rope, Rotary] = {}
         self.resident_bytes = 0  # of everything bound so far, dropped or not
 
@@ -180,8 +181,7 @@ class Binder:
         parts = tuple(p.at(i) for p in unit)
         quantized = {self._weights.is_quantized(p.name) for p in parts}
         assert len(quantized) == 1
-        linear = self._packed(parts) if quantized.pop() else self._dense(parts)
-        return self._use(parts, linear)
+        return self._packed(parts) if quantized.pop() else self._dense(parts)
 
     def _packed(self, parts: tuple[Projection, ...]) -> Linear:
         packed = [self._weights.packed(p.name) for p in parts]
@@ -189,7 +189,7 @@ class Binder:
         assert all((w.bits, w.group, w.k) == (first.bits, first.group, first.k) for w in packed)
         words, scales = _joined([w.words for w in packed]), _joined([w.scales for w in packed])
         whole = PackedWeight(words, scales, first.bits, first.group, first.k)
-        linear = self._kernels.packed(whole, self._bias(parts))
+        linear = self._use(parts, self._kernels.packed(whole, self._bias(parts)), whole.bits, whole.group)
         held = held_bytes(linear, len(parts), whole.nbytes)
         self.resident_bytes += held
         if held:
@@ -198,7 +198,7 @@ class Binder:
 
     def _dense(self, parts: tuple[Projection, ...]) -> Linear:
         whole = _joined([self._weights.dense(f"{p.name}.weight") for p in parts])
-        linear = self._kernels.dense(whole, self._bias(parts))
+        linear = self._use(parts, self._kernels.dense(whole, self._bias(parts)), 8 * whole.itemsize)
         held = held_bytes(linear, len(parts), whole.nbytes)
         self.resident_bytes += held
         if held:
@@ -207,11 +207,11 @@ class Binder:
 
     def _tied_head(self, embedding: torch.Tensor) -> Linear:
         unit = (self._spec.head,)
-        linear = self._kernels.dense(embedding, self._bias(unit))
+        linear = self._use(unit, self._kernels.dense(embedding, self._bias(unit)), 8 * embedding.itemsize)
         self.resident_bytes += linear.resident_bytes
         if linear.resident_bytes and embedding.is_cpu:
             self._weights.release_dense(f"{self._spec.embedding}.weight")
-        return self._use(unit, linear)
+        return linear
 
     def _release(self, parts: tuple[Projection, ...]) -> None:
         for p in parts:
@@ -230,8 +230,8 @@ class Binder:
             ]
         )
 
-    def _use(self, unit: tuple[Projection, ...], linear: Linear) -> Linear:
-        key = (unit_names(unit), linear.kernel, linear.fallback)
+    def _use(self, unit: tuple[Projection, ...], linear: Linear, bits: int, group: int | None = None) -> Linear:
+        key = (unit_names(unit), unit_matrix(unit, bits, group), linear.kernel, linear.fallback)
         self._uses[key] = self._uses.get(key, 0) + 1
         return linear
 
@@ -239,6 +239,12 @@ class Binder:
 def held_bytes(served_by: Linear | Choice, parts: int, nbytes: int) -> int:
     """Bytes that a kernel holds: its own arrangement, or the joined matrix where it uses that, or only the file: 0."""
     return served_by.resident_bytes or (nbytes if parts > 1 else 0)
+
+
+def unit_matrix(unit: tuple[Projection, ...], bits: int, group: int | None = None) -> Matrix:
+    """The joined matrix of a fused unit, whose parts share bits and group (None: a row)."""
+    k = unit[0].in_features
+    return Matrix(sum(p.out_features for p in unit), k, bits, group or k, any(p.bias for p in unit))
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

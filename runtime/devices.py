@@ -159,6 +159,13 @@ def find_device(name: Literal["auto", "cpu", "cuda"], *, exact: bool) -> Device:
     raise DeviceError(f"device {name}: {trouble}; or use --device cpu")
 
 
+def device_or_absent(name: Literal["auto", "cpu", "cuda"]) -> Device:
+    """The device to say something about: as :func:`find_device`, but ``cuda`` need not be here."""
+    if name == "cuda" and not torch.cuda.is_available():
+        return CudaDevice(exact=False)
+    return find_device(name, exact=False)
+
+
 def _gpu_trouble() -> str | None:
     if torch.version.hip is not None:
         return "torch is built for ROCm, and lbq's kernels need an NVIDIA GPU"

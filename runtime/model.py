@@ -18,6 +18,7 @@ from lbq.formats.spec import ModelSpec
 from lbq.runtime.binding import Bound, KernelUse, Weights, bind
 from lbq.runtime.devices import Device, device_errors, find_device, set_threads
 from lbq.runtime.engines import EnginePool
+from lbq.runtime.explain import Explanation, explain
 from lbq.runtime.text.chat import ChatTemplate, Message, require_template
 from lbq.runtime.text.generation import (
     Engine,
@@ -164,6 +165,10 @@ class Model:
     def kernels(self) -> list[KernelUse]:
         """Which kernel serves which layers, and why where it is not the fast one."""
         return list(self._bound().bound.kernels)
+
+    def explain(self) -> Explanation:
+        """Which kernel, tile and path every layer got, and why."""
+        return explain(self.spec, self.kernels(), self._on)
 
     @property
     def resident_bytes(self) -> int:

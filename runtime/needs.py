@@ -8,20 +8,9 @@ from dataclasses import dataclass
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.packing import packed_words
 from lbq.formats.spec import ModelSpec, Projection
-from lbq.runtime.binding import held_bytes, unit_names
+from lbq.runtime.binding import KernelUse, held_bytes, unit_matrix, unit_names
 from lbq.runtime.devices import CUDA_CONTEXT, CUDA_SPARE, Device
 from lbq.runtime.kernels.linear import Choice, Matrix
-
-
-@dataclass(frozen=True)
-class Served:
-    """``count`` fused units of the same matrix whose names differ in the layer's number alone, and what serves them."""
-
-    units: str
-    matrix: Matrix
-    kernel: str
-    fallback: str | None
-    count: int
 
 
 @dataclass(frozen=True)
@@ -33,7 +22,7 @@ class Needs:
     ``context`` tokens. ``spare``: for activations, graphs and workspaces on a GPU.
     """
 
-    units: tuple[Served, ...]
+    units: tuple[KernelUse, ...]
     stored: int
     weights: int
     cache: int
@@ -64,17 +53,14 @@ def needs(
         weights += held_bytes(choice, len(unit), _stored_bytes(matrix))
     context = context or min(spec.context, CUDA_CONTEXT)
     cache = context * _token_bytes(spec, device.cache_dtype.itemsize)
-    units = tuple(Served(name, matrix, by.kernel, by.fallback, n) for (name, matrix, by), n in counts.items())
+    units = tuple(KernelUse(name, matrix, by.kernel, by.fallback, n) for (name, matrix, by), n in counts.items())
     stored = sum(served.count * _stored_bytes(served.matrix) for served in units)
     return Needs(units, stored, weights, cache, context, CUDA_SPARE if on_gpu else 0)
 
 
 def _matrix(unit: tuple[Projection, ...], quantized: Mapping[str, QuantizedModule]) -> Matrix:
-    """The joined matrix of a fused unit, whose parts share bits and group."""
-    n, k = sum(p.out_features for p in unit), unit[0].in_features
-    bias = any(p.bias for p in unit)
     entry = quantized.get(unit[0].name)
-    return Matrix(n, k, 16, k, bias) if entry is None else Matrix(n, k, entry.bits, entry.group, bias)
+    return unit_matrix(unit, 16) if entry is None else unit_matrix(unit, entry.bits, entry.group)
 
 
 def _stored_bytes(matrix: Matrix) -> int:

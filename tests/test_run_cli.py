@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -237,3 +238,15 @@ def test_streams_that_are_closed(kept_artifact: Path, closed: str, options: list
     assert done.returncode == code, done.stderr
     assert "a bug in lbq" not in done.stderr
     assert code == 0 or "give a prompt with -p" in done.stderr
+
+
+def test_explained_kernels(answer: Answer, lbq: Callable[..., Any], kept_artifact: Path) -> None:
+    done = answer("-p", "hello", "--explain")
+    _, _, head, *explained = done.err.splitlines()
+    assert head.startswith("Kernels on CPU, ")
+    inspected = lbq("inspect", kept_artifact, "--kernels", "--device", "cpu")
+    assert (inspected.code, inspected.out.splitlines()) == (0, [head, *explained])
+    assert any(line.startswith("   2 × model.layers.*.mlp.down_proj: 64×96 INT4 g32") for line in explained)
+    found = json.loads(lbq("inspect", kept_artifact, "--kernels", "--device", "cuda", "--json").out)
+    assert [unit["use"]["count"] for unit in found["units"]] == [2, 2, 2, 2, 1]
+    assert lbq("inspect", kept_artifact, "--kernels", "--device", "tpu").code == 2

@@ -18,8 +18,9 @@ from lbq.formats.wording import pattern
 from lbq.quantizer.plan import Plan, Quantize
 from lbq.quantizer.prepare import Prepared
 from lbq.quantizer.timing import Timing, estimate
+from lbq.runtime.binding import KernelUse
 from lbq.runtime.devices import CpuDevice, CudaDevice
-from lbq.runtime.needs import Needs, Served, needs
+from lbq.runtime.needs import Needs, needs
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _memory(found: Needs, free: int | None) -> Memory:
     return Memory(found.weights, found.cache, found.spare, found.context, free)
 
 
-def _layer(served: Served) -> LayerPlan:
+def _layer(served: KernelUse) -> LayerPlan:
     matrix = served.matrix
     group = None if matrix.group == matrix.k else matrix.group
     scheme = None if matrix.bits == 16 else Scheme(matrix.bits, group)

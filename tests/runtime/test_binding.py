@@ -12,6 +12,7 @@ from lbq.formats.artifact import open_artifact
 from lbq.formats.errors import DataError
 from lbq.formats.packing import PackedWeight
 from lbq.runtime.binding import KernelUse, bind
+from lbq.runtime.kernels.linear import Matrix
 
 
 @dataclass
@@ -67,12 +68,12 @@ def test_kernel_uses_are_grouped_by_unit_and_kernel(make_tiny):
     tiny.weights.tensors["model.layers.1.mlp.down_proj.weight"] = weight.dequantize().to(torch.bfloat16)
     uses = bind(tiny.weights, Recorder()).kernels
     assert set(uses) == {
-        KernelUse("model.layers.*.self_attn.{q_proj,k_proj,v_proj}", "INT4", None, 3),
-        KernelUse("model.layers.*.self_attn.o_proj", "INT4", None, 3),
-        KernelUse("model.layers.*.mlp.{gate_proj,up_proj}", "INT4", None, 3),
-        KernelUse("model.layers.*.mlp.down_proj", "INT4", None, 2),
-        KernelUse("model.layers.*.mlp.down_proj", "BF16", "nobody asked", 1),
-        KernelUse("lm_head", "BF16", "nobody asked", 1),
+        KernelUse("model.layers.*.self_attn.{q_proj,k_proj,v_proj}", Matrix(320, 96, 4, 32), "INT4", None, 3),
+        KernelUse("model.layers.*.self_attn.o_proj", Matrix(96, 192, 4, 32), "INT4", None, 3),
+        KernelUse("model.layers.*.mlp.{gate_proj,up_proj}", Matrix(320, 96, 4, 32), "INT4", None, 3),
+        KernelUse("model.layers.*.mlp.down_proj", Matrix(96, 160, 4, 32), "INT4", None, 2),
+        KernelUse("model.layers.*.mlp.down_proj", Matrix(96, 160, 16, 160), "BF16", "nobody asked", 1),
+        KernelUse("lm_head", Matrix(97, 96, 16, 96), "BF16", "nobody asked", 1),
     }
 
 

@@ -17,6 +17,7 @@ from lbq.runtime import load
 from lbq.runtime.binding import Bound, KernelUse
 from lbq.runtime.devices import CpuDevice
 from lbq.runtime.engine import DecoderEngine
+from lbq.runtime.kernels.linear import Matrix
 from lbq.runtime.model import open_model
 
 CPU = {"device": "cpu"}
@@ -271,7 +272,7 @@ def test_strict_refuses_a_gpu_that_is_not_used(kept_artifact, monkeypatch):
 
 def test_strict_names_the_first_fallback(kept_artifact, monkeypatch):
     load(kept_artifact, strict=True, **CPU).close()
-    slow = (KernelUse("lm_head", "a slow kernel", "it is Monday", 1),)
+    slow = (KernelUse("lm_head", Matrix(5, 32, 4, 32), "a slow kernel", "it is Monday", 1),)
     monkeypatch.setattr("lbq.runtime.model.bind", lambda *_: Bound(None, slow, 0))
     with pytest.raises(DeviceError, match="lm_head: a slow kernel, because it is Monday"):
         load(kept_artifact, strict=True, **CPU)

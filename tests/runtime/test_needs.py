@@ -7,7 +7,7 @@ import torch
 
 from lbq.formats.manifest import QuantizedModule
 from lbq.quantizer.rtn import quantize
-from lbq.runtime.binding import KernelUse, bind
+from lbq.runtime.binding import bind
 from lbq.runtime.devices import CUDA_CONTEXT, CUDA_SPARE, CpuDevice, CudaDevice
 from lbq.runtime.kernels.cpu import DenseLinear, choose, cpu_linear
 from lbq.runtime.kernels.linear import Choice, Linear, Matrix
@@ -20,15 +20,6 @@ def make_weight(n, k, bits, group):
 
 def said(linear: Linear) -> Choice:
     return Choice(linear.kernel, linear.fallback, linear.resident_bytes)
-
-
-def kernels(found):
-    """As binding counts them, which looks at names alone."""
-    counts = {}
-    for served in found.units:
-        key = (served.units, served.kernel, served.fallback)
-        counts[key] = counts.get(key, 0) + served.count
-    return tuple(KernelUse(*key, count) for key, count in counts.items())
 
 
 def entries(weights):
@@ -74,7 +65,7 @@ def test_a_model_on_the_cpu(make_tiny, family, exact):
     device = CpuDevice(exact)
     bound = bind(tiny.weights, device)
     found = needs(tiny.weights.spec, entries(tiny.weights), device, context=40)
-    assert kernels(found) == bound.kernels
+    assert found.units == bound.kernels
     assert found.weights == bound.resident_bytes
     assert found.cache == bound.decoder.new_state(40, dtype=device.cache_dtype, fixed=True).nbytes
     assert found.nbytes == found.weights + found.cache
@@ -86,7 +77,7 @@ def test_a_model_on_a_gpu(tiny, exact):
     device = CudaDevice(exact)
     bound = bind(tiny.weights, device)
     found = needs(tiny.weights.spec, entries(tiny.weights), device, context=40)
-    assert kernels(found) == bound.kernels
+    assert found.units == bound.kernels
     assert found.weights == bound.resident_bytes
     assert found.cache == bound.decoder.new_state(40, dtype=device.cache_dtype, fixed=True).nbytes
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lbq.cli.display import note, pattern, plain, size, table
+from lbq.cli.display import note, pattern, plain, print_json, size, table
 from lbq.cli.quality import perplexities, text_line, with_error
 
 if TYPE_CHECKING:
@@ -18,8 +18,16 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("artifact")
 @click.option("--layers", is_flag=True, help="Every layer on a line of its own.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
-def inspect(artifact: str, layers: bool, as_json: bool) -> None:
+@click.option("--kernels", is_flag=True, help="Which kernel, tile and path each layer gets, and why.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="With --kernels: whose; it need not be here.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest; with --kernels, these.")
+def inspect(artifact: str, layers: bool, kernels: bool, device: Any, as_json: bool) -> None:
     """Show what ARTIFACT is, how it was made and what it cost.
 
     Of a folder the headers are read; of a Hub id (owner/name@revision) the manifest and the report are fetched.
@@ -31,6 +39,9 @@ def inspect(artifact: str, layers: bool, as_json: bool) -> None:
 
     folder = find_artifact(artifact, weights=False, on_note=note)
     manifest = _checked_manifest(folder) if Path(artifact).is_dir() else read_manifest(folder)
+    if kernels:
+        _print_kernels(manifest, device, as_json)
+        return
     if as_json:
         click.echo(json_file.encode(manifest), nl=False)
         return
@@ -42,6 +53,20 @@ def inspect(artifact: str, layers: bool, as_json: bool) -> None:
     _print_tensors(manifest, {module.name: module.cosine for module in report.modules}, layers)
     for text in manifest.notes:
         note(text)
+
+
+def _print_kernels(manifest: Manifest, device: Any, as_json: bool) -> None:
+    from lbq.cli.kernels import print_explanation
+    from lbq.runtime.devices import device_or_absent
+    from lbq.runtime.explain import explain
+    from lbq.runtime.needs import needs
+
+    where = device_or_absent(device)
+    found = explain(manifest.spec, needs(manifest.spec, manifest.quantized, where).units, where)
+    if as_json:
+        print_json(found)
+    else:
+        print_explanation(found, err=False)
 
 
 def _checked_manifest(folder: Path) -> Manifest:

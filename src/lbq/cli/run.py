@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbq.cli.display import Bar, note, plain, progress
+from lbq.cli.kernels import print_explanation, print_uses
 from lbq.cli.options import Wish, quantization_options
 from lbq.formats.errors import DataError, DeviceError, UsageError
 
@@ -48,6 +49,7 @@ CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an ans
 @click.option("--dtype", type=click.Choice(["auto", "float32"]), default="auto", help="float32: exact and slow.")
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--strict", is_flag=True, help="Fail where a layer would not get its fast kernel.")
+@click.option("--explain", is_flag=True, help="Say at the end which kernel, tile and path each layer got, and why.")
 @quantization_options(at_load=True)
 def run(
     artifact: str,
@@ -57,6 +59,7 @@ def run(
     think: bool | None,
     wish: Wish,
     strict: bool,
+    explain: bool,
     context: int | None,
     device: Any,
     dtype: Any,
@@ -94,7 +97,7 @@ def run(
             finally:
                 click.echo()
             finish = stream.finish
-        _say_how(model, finish)
+        _say_how(model, finish, explain=explain)
         loading.say(model)
 
 
@@ -231,14 +234,15 @@ def _say_finish(finish: Finish) -> None:
     )
 
 
-def _say_how(model: Model, finish: Finish | None) -> None:
+def _say_how(model: Model, finish: Finish | None, *, explain: bool) -> None:
     """What was done, where, and by which kernel; a fallback is said."""
     if finish is not None:
         _say_finish(finish)
     click.echo(f"[{_device(model)}, context {model.context}]", err=True)
-    for use in model.kernels():
-        slow = f"  FALLBACK: {use.fallback}" if use.fallback else ""
-        click.echo(f"[{use.count:4} × {use.units}: {use.kernel}{slow}]", err=True)
+    if explain:
+        print_explanation(model.explain(), err=True)
+    else:
+        print_uses(model.kernels())
 
 
 def _device(model: Model) -> str:

@@ -21,8 +21,6 @@ CPU = CpuDevice(exact=False)
 SPEC = SHAPES["tiny"].spec()
 GOOD = Check(kl=1e-6, largest=0.1, loss=0.0, repeats=True)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def random_weights(bits=4, group=32, device="cpu"):
     return RandomWeights(SPEC, bits, group, torch.device(device))

@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 FILES = [
     [f"kernels/test_{name}.py" for name in ("gemv", "dequant", "dense", "cuda_linear", "planes", "project", "batch")],
-    ["kernels/test_attention.py", "kernels/test_sample.py", "test_fused.py", "bench/test_decode.py"],
+    ["kernels/test_attention.py", "kernels/test_sample.py", "test_fused.py", "test_explain.py", "bench/test_decode.py"],
 ]
 
 

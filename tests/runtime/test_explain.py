@@ -1,0 +1,108 @@
+"""What is said of kernels is what binding and the engines choose."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lbq.formats.manifest import QuantizedModule
+from lbq.runtime.binding import bind
+from lbq.runtime.devices import CpuDevice, CudaDevice
+from lbq.runtime.explain import explain
+from lbq.runtime.needs import needs
+
+FUSED = CudaDevice(exact=False, fused=True)
+
+
+def entries(weights):
+    """The manifest's entries of tiny weights."""
+    return {name: QuantizedModule(w.n, w.k, w.bits, w.group) for name, w in weights.quantized.items()}
+
+
+def explained(weights, device):
+    return explain(weights.spec, needs(weights.spec, entries(weights), device).units, device)
+
+
+def pretend(monkeypatch, sms, capability=(9, 0)):
+    """Let torch say that there is a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Pretend")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=sms))
+
+
+def make_dense(tiny, name):
+    weight = tiny.weights.quantized.pop(name)
+    tiny.weights.tensors[f"{name}.weight"] = weight.dequantize().to(torch.bfloat16)
+
+
+def test_on_the_cpu(make_tiny):
+    tiny = make_tiny("llama-tied")
+    found = explained(tiny.weights, CpuDevice(exact=False))
+    assert tuple(each.use for each in found.units) == bind(tiny.weights, CpuDevice(exact=False)).kernels
+    assert found.device.startswith("CPU, ")
+    by_name = {each.use.units: each for each in found.units}
+    assert [way.tokens for way in by_name["model.layers.*.mlp.down_proj"].ways] == ["1 – 16", "more"]
+    assert [way.how for way in by_name["lm_head"].ways] == [by_name["lm_head"].use.kernel]
+    exact = explained(tiny.weights, CpuDevice(exact=True))
+    assert all("float32 was asked for" in each.ways[0].why for each in exact.units)
+
+
+def test_a_gpu_that_is_not_here(make_tiny):
+    found = explained(make_tiny("llama3-rope").weights, FUSED)
+    assert found.device == "a GPU (none is here)"
+    assert found.step.startswith("fused")
+    assert all("multiprocessors" in each.ways[0].why for each in found.units)
+    plain = explained(make_tiny("llama3-rope").weights, CudaDevice(exact=False))
+    assert "not the default" in plain.step
+    assert [way.tokens for way in plain.units[0].ways] == ["1 – 16", "17 or more"]
+
+
+def test_tiles_of_a_gpu(make_tiny, monkeypatch):
+    pretend(monkeypatch, 132)
+    found = explained(make_tiny("llama3-rope", hidden_size=2048).weights, FUSED)
+    assert found.device == "Pretend, 132 multiprocessors"
+    assert "PDL" in found.step
+    head = next(each for each in found.units if each.use.units == "lm_head")
+    assert [way.tokens for way in head.ways] == ["1", "2 – 16", "17 or more"]
+    assert "on 4 warps" in head.ways[0].how  # 97 rows of 512 words: too few for a warp each
+    assert "share a row of 512 words" in head.ways[0].why
+    pretend(monkeypatch, 30, (8, 6))
+    assert "PDL" not in explained(make_tiny("llama3-rope", hidden_size=2048).weights, FUSED).step
+
+
+def test_why_a_step_is_not_fused(make_tiny):
+    tiny = make_tiny("llama3-rope")
+    make_dense(tiny, "model.layers.1.mlp.down_proj")
+    found = explained(tiny.weights, FUSED)
+    assert "down_proj stays in 16 bits" in found.step
+    odd = make_tiny("llama3-rope", head_dim=16, num_attention_heads=2, num_key_value_heads=2)
+    assert "no multiple of 32" in explained(odd.weights, FUSED).step
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changed", ["nothing", "a dense layer", "odd heads"])
+def test_what_is_said_is_what_runs(make_tiny, monkeypatch, changed):
+    from lbq.runtime.bench.weights import DeviceKernels
+    from lbq.runtime.fused.engine import default_plan
+    from lbq.runtime.fused.step import FusedStep, why_not
+    from lbq.runtime.kernels.gemv.triton import INTERPRETED
+
+    odd = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2} if changed == "odd heads" else {}
+    tiny = make_tiny("qwen3-qk-norm", num_hidden_layers=1, **odd)
+    if changed == "a dense layer":
+        make_dense(tiny, "model.layers.0.mlp.down_proj")
+    decoder = bind(tiny.weights, DeviceKernels(torch.device("cpu" if INTERPRETED else "cuda"))).decoder
+    if INTERPRETED:
+        pretend(monkeypatch, 1)
+    found = explained(tiny.weights, FUSED)
+    assert found.step.startswith("fused") == (why_not(decoder) is None)
+    if why_not(decoder) is not None:
+        return
+    step = FusedStep(decoder, 16, default_plan(FUSED.device))
+    roles = ("qkv", "out", "gate_up", "down", "head")
+    for role, each in zip(roles, found.units, strict=True):
+        tile = step.products(role)[0].how.tile
+        assert f"{tile.rows}×{tile.columns} words on {tile.warps} warp" in each.ways[0].how
