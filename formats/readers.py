@@ -1,11 +1,11 @@
 """What vLLM's and SGLang's kernels make of an artifact's layers on an NVIDIA GPU, as their sources say.
 
-Read, not run: see ``docs/format.md``, whose matrix is this module's (a test compares them).
+``docs/format.md`` has the same matrix (a test compares them). Where vLLM is installed, ``tests/servers/test_vllm.py``
+asks its own code.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,30 +17,35 @@ VERSIONS: Final = {"vLLM": "0.33.0", "SGLang": "0.5.23"}
 
 @dataclass(frozen=True)
 class Cell:
-    """Rows of the matrix: widths, groups (None: one scale a row), and what each tool does with them."""
+    """Rows of the matrix: widths, groups (None: one scale a row), and what each tool does with them.
+
+    ``hopper`` is vLLM at compute capability 9.0, where it prefers other kernels; of two the first needs K % 64 = 0 and
+    N % 128 = 0.
+    """
 
     bits: tuple[int, ...]
     groups: tuple[int | None, ...]
     vllm: str
+    hopper: str
     sglang: str
 
 
 FAST_GROUP: Final = 128  # the largest that their fast kernels take
 FAILS: Final = "loads, fails at the first product"
 MATRIX: Final = (
-    Cell((8, 4), (None,), "Machete, Marlin", "Marlin"),
-    Cell((8, 4), (64, 128), "Machete, Marlin", "Marlin"),
-    Cell((8, 4), (32,), "Marlin", "Marlin"),
-    Cell((4,), (256,), "Triton (written for ROCm; not tuned for NVIDIA)", FAILS),
-    Cell((4,), (512,), "Humming", FAILS),
-    Cell((8,), (256, 512), "Humming", FAILS),
-    Cell((3,), (*GROUPS, None), "Humming; reads the dense layout; K a multiple of 32", "refuses at start"),
+    Cell((8, 4), (None,), "Marlin", "Machete, Humming", "Marlin"),
+    Cell((8, 4), (64, 128), "Marlin", "Machete, Humming", "Marlin"),
+    Cell((8, 4), (32,), "Marlin", "Humming", "Marlin"),
+    Cell((4,), (256,), "Triton", "Humming", FAILS),
+    Cell((4,), (512,), "Humming", "Humming", FAILS),
+    Cell((8,), (256, 512), "Humming", "Humming", FAILS),
+    Cell((3,), (*GROUPS, None), "Humming", "Humming", "refuses at start"),
 )
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a tool does with a layer: whether it runs, by a kernel that is fast, and which."""
+    """What a tool does with a layer: whether it runs, by a kernel that is fast (before Hopper and after), and which."""
 
     runs: bool
     fast: bool
@@ -57,20 +62,25 @@ def cell(bits: int, group: int | None) -> Cell:
     return next(c for c in MATRIX if bits in c.bits and group in c.groups)
 
 
+def vllm_kernel(n: int, k: int, scheme: Scheme, *, hopper: bool) -> str:
+    """The kernel that vLLM takes for a layer [n, k] that it can run."""
+    found = cell(scheme.bits, scheme.group)
+    if not hopper:
+        return "Humming" if found.vllm == "Triton" and n % 8 else found.vllm
+    first, _, other = found.hopper.partition(", ")
+    return other if other and (k % 64 or n % 128) else first
+
+
 def vllm_fit(n: int, k: int, scheme: Scheme) -> Fit:
     """What vLLM does with a layer [n, k]; of a fused one, n is the sum."""
     whole = {3: 32, 4: 8, 8: 4}[scheme.bits]
     if k % whole:
         return Fit(runs=False, fast=False, text=f"no kernel: inputs are not a multiple of {whole}")
-    kernel = cell(scheme.bits, scheme.group).vllm
-    if kernel.startswith("Machete") and (k % 64 or n % 128):
-        kernel = "Marlin"
-    if kernel.startswith("Triton") and n % 8:
-        kernel = "Humming"
-    fast = kernel.startswith(("Machete", "Marlin"))
-    if fast and not _marlin_has(n, k):
-        return Fit(runs=True, fast=False, text="Marlin, padded")
-    return Fit(runs=True, fast=fast, text=re.split(r";| \(", kernel)[0])
+    kernel, newer = (vllm_kernel(n, k, scheme, hopper=hopper) for hopper in (False, True))
+    padded = kernel == "Marlin" and not _marlin_has(n, k)
+    text = f"{kernel}, padded" if padded else kernel
+    text += "" if newer == kernel else f" (Hopper: {newer})"
+    return Fit(runs=True, fast=kernel == "Marlin" and not padded, text=text)
 
 
 def sglang_fit(n: int, k: int, scheme: Scheme) -> Fit:

@@ -100,7 +100,7 @@ def test_other_tools(checkpoints: Mapping[str, Path], lbq: Lbq) -> None:
     rows = {row["units"]: row for row in planned(lbq, "plan", checkpoints["llama"], *OPTIONS)["layers"]}
     down = rows["model.layers.*.mlp.down_proj"]
     assert (down["n"], down["k"], down["bits"], down["group"]) == (64, 96, 8, None)
-    assert down["vllm"] == {"runs": True, "fast": False, "text": "Marlin, padded"}
+    assert down["vllm"] == {"runs": True, "fast": False, "text": "Marlin, padded (Hopper: Humming)"}
     assert not down["sglang"]["runs"]
     kept = rows["model.layers.*.self_attn.o_proj"]
     assert (kept["bits"], kept["vllm"], kept["sglang"]) == (16, None, None)

@@ -28,10 +28,10 @@ def groups(text: str) -> tuple[int | None, ...]:
 
 def test_the_matrix_is_that_of_the_document() -> None:
     found = []
-    for label, _, vllm, sglang in rows("Who reads what"):
+    for label, _, vllm, hopper, sglang in rows("Who reads what"):
         if label.startswith("INT"):
             widths, _, which = label.partition(" · ")
-            found.append(Cell(tuple(map(int, re.findall(r"\d", widths))), groups(which), vllm, sglang))
+            found.append(Cell(tuple(map(int, re.findall(r"\d", widths))), groups(which), vllm, hopper, sglang))
     assert tuple(found) == MATRIX
 
 
@@ -54,16 +54,17 @@ NO_SHAPE = (False, False, "no kernel for the shape: loads, fails at the first pr
 NO_GROUP = (False, False, "no kernel: loads, fails at the first product")
 REFUSED = (False, False, "no kernel: refuses at start")
 MARLIN = (True, True, "Marlin")
+MACHETE = (True, True, "Marlin (Hopper: Machete)")
 
 
 @pytest.mark.parametrize(
     ("n", "k", "scheme", "vllm", "sglang"),
     [
-        (960, 576, Scheme(4, 64), (True, False, "Marlin, padded"), NO_SHAPE),
-        (1152, 896, Scheme(4, 128), (True, True, "Machete, Marlin"), MARLIN),
-        (1152, 896, Scheme(4, 32), MARLIN, MARLIN),
-        (64, 1024, Scheme(8, None), MARLIN, MARLIN),
-        (1152, 1024, Scheme(4, 256), (True, False, "Triton"), NO_GROUP),
+        (960, 576, Scheme(4, 64), (True, False, "Marlin, padded (Hopper: Humming)"), NO_SHAPE),
+        (1152, 896, Scheme(4, 128), MACHETE, MARLIN),
+        (1152, 896, Scheme(4, 32), (True, True, "Marlin (Hopper: Humming)"), MARLIN),
+        (64, 1024, Scheme(8, None), (True, True, "Marlin (Hopper: Humming)"), MARLIN),
+        (1152, 1024, Scheme(4, 256), (True, False, "Triton (Hopper: Humming)"), NO_GROUP),
         (1151, 1024, Scheme(4, 256), (True, False, "Humming"), NO_GROUP),
         (128, 1024, Scheme(3, 128), (True, False, "Humming"), REFUSED),
         (128, 33, Scheme(3, None), (False, False, "no kernel: inputs are not a multiple of 32"), REFUSED),
