@@ -42,7 +42,10 @@ class Samples(list[torch.Tensor]):
 def products_dtype(device: torch.device) -> torch.dtype:
     """In which dtype matrices are multiplied while a block is tuned: BF16 where the hardware does, which is faster.
     Weights, codes and scales are float32 and exact either way."""
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -218,6 +218,30 @@ def test_small_groups_are_not_zeroed(
         assert torch.equal(other, recorded[module][0][4:, 32:])
 
 
+EDGES: dict[str, Callable[[torch.Tensor], object]] = {
+    "zeros": lambda weight: weight.zero_(),
+    "constant": lambda weight: weight.fill_(0.25),
+    "one sign": lambda weight: weight.abs_(),
+    "subnormal": lambda weight: weight.mul_(1e-39),
+    "one large": lambda weight: weight[0, :1].fill_(1e38),
+    "all large": lambda weight: weight.mul_(1e38),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_odd_weights(edge: str, make_checkpoint: Callable[..., Path], tune: Callable[..., Conversion]) -> None:
+    """Whatever the activations become, scales are finite and no error is above round to nearest's by much."""
+    module = "model.layers.0.mlp.gate_proj"
+    source = make_checkpoint(edit=lambda tensors: EDGES[edge](tensors[f"{module}.weight"]))
+    done = tune(source)
+    with open_checkpoint(source) as checkpoint, open_artifact(done.path) as artifact:
+        weight, packed = checkpoint.tensor(f"{module}.weight").float(), artifact.packed(module)
+        assert bool(packed.scales.isfinite().all())
+        steps = (packed.dequantize() - weight).abs() / packed.scales.float().abs().repeat_interleave(32, dim=1)
+        assert float(steps.max()) <= 2.1  # a weight at the far end of a group may be clamped
+        assert bool((packed.dequantize()[weight == 0] == 0).all()) or edge != "zeros"
+
+
 def test_sides_that_auto_round_leaves_alone(
     make_checkpoint: Callable[..., Path], tune: Callable[..., Conversion]
 ) -> None:
