@@ -63,6 +63,11 @@ def _matrix(unit: tuple[Projection, ...], quantized: Mapping[str, QuantizedModul
     return unit_matrix(unit, 16) if entry is None else unit_matrix(unit, entry.bits, entry.group)
 
 
+def stored_bytes(unit: tuple[Projection, ...], quantized: Mapping[str, QuantizedModule]) -> int:
+    """Bytes of a fused unit's weights as files have them."""
+    return _stored_bytes(_matrix(unit, quantized))
+
+
 def _stored_bytes(matrix: Matrix) -> int:
     if matrix.bits == 16:
         return 2 * matrix.n * matrix.k

@@ -109,3 +109,33 @@ def test_a_missing_artifact(bench: Callable[..., Any]) -> None:
     assert bench("nowhere").code == 4
     done = bench("--shape", "tiny", "--picture", "nowhere/a.svg")
     assert (done.code, done.error) == (4, "nowhere/a.svg: no such folder")
+
+
+def test_a_profile(lbq: Callable[..., Any], kept_artifact: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    done = lbq("profile", kept_artifact, "--device", "cpu", "--depth", "9", "--steps", "2", "--trace", trace)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[0].startswith(f"{kept_artifact}, INT4 g32, INT8 row: one step at depth 9")
+    labels = [line.split()[0] for line in done.out.splitlines()[2:8]]
+    assert labels == ["q/k/v", "attention", "output", "gate/up", "down", "head"]
+    assert str(trace) in done.out.splitlines()[-1]
+    assert json.loads(trace.read_text())["traceEvents"]
+    found = json.loads(lbq("profile", "--shape", "tiny", "--device", "cpu", "--steps", "2", "--json").out)
+    assert found["profile"]["seconds"] > 0
+    assert len(found["profile"]["lines"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ((), 2, "--shape"),
+        (("--shape", "tiny", "--depth", "2047"), 2, "made for 2048"),
+        (("--shape", "tiny", "--bits", "3,4"), 2, "one width"),
+        (("--shape", "tiny", "--trace", "a.txt"), 2, "FILE.json"),
+        (("--shape", "tiny", "--trace", "nowhere/a.json"), 4, "no such folder"),
+        (("nowhere",), 4, "nowhere"),
+    ],
+)
+def test_what_cannot_be_profiled(lbq: Callable[..., Any], options: tuple[str, ...], code: int, said: str) -> None:
+    done = lbq("profile", "--device", "cpu", *options)
+    assert (done.code, said in done.error) == (code, True), done

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from lbq.formats.spec import ModelSpec
+from lbq.formats.spec import Attention, ModelSpec
 from lbq.runtime.bench.memory import Peak
 from lbq.runtime.bench.reference import Check, check, reference_logits
 from lbq.runtime.binding import Weights
@@ -116,5 +116,10 @@ def hold(engine: Engine, depth: int, seed: int = 3) -> DecoderState:
 
 def cache_bytes(spec: ModelSpec, position: float, item_bytes: int) -> float:
     """Bytes of keys and values that the token at ``position`` reads in all layers, its own among them."""
-    mixers = [spec.layer(i).mixer for i in range(len(spec.layers))]
-    return sum(2 * m.kv_heads * m.head_dim * item_bytes * min(position + 1, m.window or position + 1) for m in mixers)
+    return sum(key_bytes(spec.layer(i).mixer, position, item_bytes) for i in range(len(spec.layers)))
+
+
+def key_bytes(mixer: Attention, position: float, item_bytes: int) -> float:
+    """The same of one layer."""
+    seen = min(position + 1, mixer.window or position + 1)
+    return 2 * mixer.kv_heads * mixer.head_dim * item_bytes * seen

@@ -24,6 +24,7 @@ from lbq.cli.importing import import_
 from lbq.cli.inspect import inspect
 from lbq.cli.lm_eval import lm_eval
 from lbq.cli.plan import plan
+from lbq.cli.profile import profile
 from lbq.cli.report import report
 from lbq.cli.run import run
 from lbq.cli.sweep import sweep
@@ -60,6 +61,7 @@ for command in (
     lm_eval,
     run,
     bench,
+    profile,
     pull,
     push,
     card,

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lbq.cli.display import markdown, note, plain, print_json, size, table
-from lbq.cli.options import group_list, number_list
-from lbq.formats.errors import StorageError, UsageError
-from lbq.runtime.bench.shapes import SHAPES
+from lbq.cli.options import number_list
+from lbq.cli.subject import check_place, find_subject, rate, seconds, shape_option
+from lbq.formats.errors import UsageError
 
 if TYPE_CHECKING:
     from lbq.runtime.bench.decode import Decoded
-    from lbq.runtime.bench.sweep import Report, Row, Variant
+    from lbq.runtime.bench.sweep import Report, Row
 
 COLUMNS = ("weights", "depth", "bytes a token", "tokens/s", "floor", "share", "first token", "cold", "memory", "KL")
 
 
 @click.command()
 @click.argument("artifact", required=False)
-@click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape: nothing is fetched.")
+@shape_option
 @click.option("--bits", help="With --shape: which of 3, 4 and 8.  [4]")
 @click.option("--gs", "groups", help="With --shape: which groups, 32…512 or row.  [256; row at 8 bits]")
 @click.option("--depth", default="0", show_default=True, help="Tokens held before the prompt, as 0,4096.")
@@ -63,8 +62,7 @@ def bench(
 
     if picture is not None and picture.suffix != ".svg":
         raise UsageError(f"{picture}: the picture is an SVG: name it FILE.svg")
-    if picture is not None and not picture.parent.is_dir():
-        raise StorageError(f"{picture}: no such folder")
+    check_place(picture)
     depths, batches = (number_list(text, o, "0,4096") for text, o in ((depth, "--depth"), (batch, "--batch")))
     if threads is not None:
         set_threads(threads)
@@ -72,7 +70,7 @@ def bench(
     if where.note is not None:
         note(where.note)
     with ExitStack() as stack:
-        subject = _subject(artifact, shape, bits, groups, stack)
+        subject = find_subject(artifact, shape, bits, groups, stack)
         with device_errors():
             on = machine(where.device)
         load = Workload(prompt, new, rounds)
@@ -91,32 +89,6 @@ def bench(
     report.require_sound()
 
 
-@dataclass(frozen=True)
-class _Subject:
-    name: str
-    variants: list[Variant]
-
-
-def _subject(
-    artifact: str | None, shape: str | None, bits: str | None, groups: str | None, stack: ExitStack
-) -> _Subject:
-    from lbq.runtime.bench.sweep import artifact_variant, shape_variants
-
-    if (artifact is None) == (shape is None):
-        raise UsageError("give an ARTIFACT, or --shape NAME for random weights")
-    if shape is not None:
-        found = shape_variants(shape, number_list(bits or "4", "--bits", "3,4,8"), group_list(groups) if groups else ())
-        return _Subject(f"{shape} (random weights)", found)
-    from lbq.formats.artifact import open_artifact
-    from lbq.hub.artifacts import find_artifact
-
-    assert artifact is not None
-    if bits is not None or groups is not None:
-        raise UsageError(f"--bits and --gs go with --shape: {artifact} has the bits that it has")
-    opened = stack.enter_context(open_artifact(find_artifact(artifact, on_note=note)))
-    return _Subject(artifact, [artifact_variant(opened)])
-
-
 def _say(what: str) -> None:
     click.echo(f"measuring {plain(what)} …", err=True)
 
@@ -128,7 +100,7 @@ def _print(report: Report, as_markdown: bool) -> None:
     (markdown if as_markdown else table)(plain(f"{report.subject} on {on.name}"), COLUMNS, rows)
     click.echo()
     lines = [
-        f"{on.name}, {on.detail}, torch {on.torch}; memory copied at {_rate(on.copy)}, read and written",
+        f"{on.name}, {on.detail}, torch {on.torch}; memory copied at {rate(on.copy)}, read and written",
         f"one text, a prompt of {load.prompt} and {load.new} new tokens, greedy: median (slowest – fastest) of "
         f"{load.rounds} rounds; cold: the first token of a round before them",
         *dict.fromkeys(f"not run: {row.skipped}" for row in report.rows if row.skipped),
@@ -150,20 +122,12 @@ def _cells(row: Row, found: Decoded) -> tuple[str, ...]:
         f"{_number(speed.median)} ({_number(speed.slowest)} – {_number(speed.fastest)})",
         _number(row.floor),
         "" if row.share is None else f"{row.share:.1%}",
-        _seconds(found.first_token_seconds),
-        _seconds(found.cold_seconds),
+        seconds(found.first_token_seconds),
+        seconds(found.cold_seconds),
         size(found.peak_bytes),
         f"{found.check.kl:.1e}" if row.fault is None else "WRONG",
     )
 
 
-def _rate(rate: float) -> str:
-    return f"{rate / 1e12:.2f} TB/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GB/s"
-
-
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"

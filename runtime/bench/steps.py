@@ -1,0 +1,39 @@
+"""A decode step of some weights, profiled where they run: what ``lbq profile`` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lbq.formats.errors import UsageError
+from lbq.runtime.bench.profile import Profile, profile_decode, step_launches
+from lbq.runtime.bench.sweep import Machine, Variant, machine
+from lbq.runtime.binding import bind
+from lbq.runtime.devices import Device, device_errors
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A step of ``weights`` (``INT4 g256, INT8 row``) behind ``depth`` tokens."""
+
+    subject: str
+    weights: str
+    machine: Machine
+    depth: int
+    profile: Profile
+
+
+def profile_variant(
+    subject: str, variant: Variant, device: Device, depth: int, steps: int, trace: Path | None = None
+) -> Profiled:
+    """Bind ``variant`` and profile its step. Raises UsageError for a depth that the model was not made for."""
+    most = variant.spec.context - 2
+    if depth > most:
+        raise UsageError(f"depth {depth}: the model was made for {variant.spec.context} tokens; at most {most}")
+    with device_errors():
+        on = machine(device.device)
+        decoder = bind(variant.open(device.device), device).decoder
+        launches = step_launches(variant.spec, variant.quantized, depth, device.cache_dtype.itemsize)
+        return Profiled(
+            subject, variant.label, on, depth, profile_decode(decoder, device, launches, depth, steps, trace)
+        )

@@ -1,0 +1,69 @@
+"""What ``lbq bench`` and ``lbq profile`` measure, and how they write what they found."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lbq.cli.display import note
+from lbq.cli.options import group_list, number_list
+from lbq.formats.errors import StorageError, UsageError
+from lbq.runtime.bench.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from lbq.runtime.bench.sweep import Variant
+
+shape_option = click.option(
+    "--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape: nothing is fetched."
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Weights in one variant or several."""
+
+    name: str
+    variants: list[Variant]
+
+
+def find_subject(
+    artifact: str | None, shape: str | None, bits: str | None, groups: str | None, stack: ExitStack
+) -> Subject:
+    """An artifact, open as long as ``stack``, or random weights. Raises UsageError for both and for neither."""
+    from lbq.runtime.bench.sweep import artifact_variant, shape_variants
+
+    if (artifact is None) == (shape is None):
+        raise UsageError("give an ARTIFACT, or --shape NAME for random weights")
+    if shape is not None:
+        widths = number_list(bits or "4", "--bits", "3,4,8")
+        return Subject(f"{shape} (random weights)", shape_variants(shape, widths, group_list(groups) if groups else ()))
+    from lbq.formats.artifact import open_artifact
+    from lbq.hub.artifacts import find_artifact
+
+    assert artifact is not None
+    if bits is not None or groups is not None:
+        raise UsageError(f"--bits and --gs go with --shape: {artifact} has the bits that it has")
+    opened = stack.enter_context(open_artifact(find_artifact(artifact, on_note=note)))
+    return Subject(artifact, [artifact_variant(opened)])
+
+
+def check_place(path: Path | None) -> None:
+    """Raise StorageError for a file whose folder is not there, before anything is measured for it."""
+    if path is not None and not path.parent.is_dir():
+        raise StorageError(f"{path}: no such folder")
+
+
+def rate(value: float) -> str:
+    """``4.27 TB/s``"""
+    return f"{value / 1e12:.2f} TB/s" if value >= 1e12 else f"{value / 1e9:.1f} GB/s"
+
+
+def seconds(value: float) -> str:
+    """``1.25 s``, ``14.3 ms``, ``7.1 µs``"""
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{1e3 * value:.1f} ms" if value >= 1e-3 else f"{1e6 * value:.1f} µs"
