@@ -6,7 +6,6 @@ they came from are released.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +19,7 @@ from lbq.runtime.decoder import Decoder, DecoderLayer, Mlp
 from lbq.runtime.kernels.linear import Choice, Linear, Matrix
 from lbq.runtime.norm import RmsNorm
 from lbq.runtime.rope import Rotary
+from lbq.runtime.upload import joiner
 
 
 class Weights(Protocol):
@@ -107,6 +107,7 @@ class Binder:
         self._weights, self._kernels, self._spec = weights, kernels, weights.spec
         self._uses: dict[tuple[str, Matrix, str, str | None], int] = {}
         self._rotaries: dict[Rope, Rotary] = {}
+        self._join = joiner(kernels.device)
         self.resident_bytes = 0  # of everything bound so far, dropped or not
 
     @property
@@ -117,10 +118,9 @@ class Binder:
     def embedding(self) -> torch.Tensor:
         """BF16 [V, hidden]: mapped on the CPU, where a token reads one row, moved elsewhere."""
         name = f"{self._spec.embedding}.weight"
-        mapped = self._weights.dense(name)
-        if self._kernels.device.type == "cpu":
-            return mapped
-        moved = mapped.to(self._kernels.device)
+        moved = self._join([self._weights.dense(name)])
+        if moved.is_cpu:
+            return moved
         self._weights.release_dense(name)
         if not self._spec.tied:  # else it is counted with the head
             self.resident_bytes += moved.nbytes
@@ -187,7 +187,7 @@ class Binder:
         packed = [self._weights.packed(p.name) for p in parts]
         first = packed[0]
         assert all((w.bits, w.group, w.k) == (first.bits, first.group, first.k) for w in packed)
-        words, scales = _joined([w.words for w in packed]), _joined([w.scales for w in packed])
+        words, scales = self._join([w.words for w in packed]), self._join([w.scales for w in packed])
         whole = PackedWeight(words, scales, first.bits, first.group, first.k)
         linear = self._use(parts, self._kernels.packed(whole, self._bias(parts)), whole.bits, whole.group)
         held = held_bytes(linear, len(parts), whole.nbytes)
@@ -197,7 +197,7 @@ class Binder:
         return linear
 
     def _dense(self, parts: tuple[Projection, ...]) -> Linear:
-        whole = _joined([self._weights.dense(f"{p.name}.weight") for p in parts])
+        whole = self._join([self._weights.dense(f"{p.name}.weight") for p in parts])
         linear = self._use(parts, self._kernels.dense(whole, self._bias(parts)), 8 * whole.itemsize)
         held = held_bytes(linear, len(parts), whole.nbytes)
         self.resident_bytes += held
@@ -245,11 +245,6 @@ def unit_matrix(unit: tuple[Projection, ...], bits: int, group: int | None = Non
     """The joined matrix of a fused unit, whose parts share bits and group (None: a row)."""
     k = unit[0].in_features
     return Matrix(sum(p.out_features for p in unit), k, bits, group or k, any(p.bias for p in unit))
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows one after the other; a single part stays where it is, mapped."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def unit_names(unit: tuple[Projection, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from lbq.formats.packing import BITS, GROUPS
 from lbq.formats.spec import ModelSpec
 from lbq.runtime.bench.decode import Decoded, Workload, cache_bytes, decode
 from lbq.runtime.bench.shapes import SHAPES
-from lbq.runtime.bench.timing import copy_bandwidth
+from lbq.runtime.bench.timing import copy_bandwidth, upload_bandwidth
 from lbq.runtime.bench.weights import RandomWeights
 from lbq.runtime.binding import Bound, KernelUse, Weights, bind
 from lbq.runtime.devices import Device, device_errors
@@ -32,12 +33,14 @@ OnCase = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """What everything was measured on. ``copy``: bytes a second, read and written, of copies in the device's memory."""
+    """What everything was measured on. ``copy``: bytes a second, read and written, of copies in the device's memory;
+    ``upload``: from pinned memory to a GPU."""
 
     name: str
     detail: str
     kind: Literal["cpu", "cuda"]
     copy: float
+    upload: float | None
     torch: str
     date: str
 
@@ -65,6 +68,7 @@ class Row:
     floor: float
     share: float | None
     resident_bytes: int  # of weights, in the kernels' own arrangement
+    load_seconds: float | None  # from the mapped file to the device and into that arrangement; None: drawn there
     decoded: Decoded | None
     skipped: str | None
     kernels: tuple[KernelUse, ...]
@@ -99,6 +103,7 @@ class Variant:
     label: str
     spec: ModelSpec
     quantized: Mapping[str, QuantizedModule]
+    drawn: bool  # on the device, rather than loaded
     open: Callable[[torch.device], Weights]
 
 
@@ -122,13 +127,13 @@ def shape_variants(shape: str, bits: Sequence[int], groups: Sequence[Group] = ()
 
 def _random(spec: ModelSpec, bits: int, group: int | None) -> Variant:
     quantized = RandomWeights(spec, bits, group, torch.device("cpu")).quantized
-    return Variant(_label(quantized), spec, quantized, lambda device: RandomWeights(spec, bits, group, device))
+    return Variant(_label(quantized), spec, quantized, True, lambda device: RandomWeights(spec, bits, group, device))
 
 
 def artifact_variant(artifact: Artifact) -> Variant:
     """The weights of an artifact, which stays open."""
     quantized = artifact.manifest.quantized
-    return Variant(_label(quantized), artifact.spec, quantized, lambda _: artifact)
+    return Variant(_label(quantized), artifact.spec, quantized, False, lambda _: artifact)
 
 
 def _label(quantized: Mapping[str, QuantizedModule]) -> str:
@@ -149,7 +154,7 @@ def machine(device: torch.device) -> Machine:
         name, detail = _cpu_name(), f"{torch.get_num_threads()} threads"
     date = datetime.now(UTC).isoformat(timespec="seconds")
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
-    return Machine(name, detail, kind, copy_bandwidth(device), str(torch.__version__), date)
+    return Machine(name, detail, kind, copy_bandwidth(device), upload_bandwidth(device), str(torch.__version__), date)
 
 
 def _cpu_name() -> str:
@@ -188,6 +193,7 @@ class _Measuring:
     def __init__(self, variant: Variant, on: Machine, device: Device, load: Workload) -> None:
         self._variant, self._on, self._device, self._load = variant, on, device, load
         self._bound: tuple[Weights, Bound] | None = None
+        self._seconds = 0.0  # that binding took
         self._weight_bytes = needs(variant.spec, variant.quantized, device).stored
 
     def rows(self, cases: Sequence[Case], on_case: OnCase) -> Iterator[Row]:
@@ -211,7 +217,11 @@ class _Measuring:
     def _ready(self) -> tuple[Weights, Bound]:
         if self._bound is None:
             weights = self._variant.open(self._device.device)
+            began = time.perf_counter()
             self._bound = weights, bind(weights, self._device)
+            if self._on.kind == "cuda":
+                torch.cuda.synchronize()
+            self._seconds = time.perf_counter() - began
         return self._bound
 
     def _decode(self, depth: int) -> Decoded:
@@ -230,6 +240,7 @@ class _Measuring:
             floor,
             decoded.speed.median / floor if decoded else None,
             bound.resident_bytes if bound else 0,
+            self._seconds if bound and not self._variant.drawn else None,
             decoded,
             skipped,
             bound.kernels if bound else (),

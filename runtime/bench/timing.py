@@ -68,6 +68,15 @@ def copy_bandwidth(device: torch.device, repeats: int = 10) -> float:
     return 2 * nbytes / min(seconds)
 
 
+def upload_bandwidth(device: torch.device, repeats: int = 5) -> float | None:
+    """Bytes a second from pinned memory to a GPU, of the best of ``repeats`` copies of 256 MiB; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    source = torch.zeros(256 << 20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device, pin_memory=False)
+    return source.nbytes / min(_cuda_seconds(lambda: target.copy_(source, non_blocking=True), repeats))
+
+
 def _cuda_seconds(call: Callable[[], object], repeats: int) -> list[float]:
     found = []
     for _ in range(repeats):

@@ -15,7 +15,7 @@ from lbq.formats.errors import UsageError
 
 if TYPE_CHECKING:
     from lbq.runtime.bench.decode import Decoded
-    from lbq.runtime.bench.sweep import Report, Row
+    from lbq.runtime.bench.sweep import Machine, Report, Row
 
 COLUMNS = ("weights", "depth", "bytes a token", "tokens/s", "floor", "share", "first token", "cold", "memory", "KL")
 
@@ -105,6 +105,8 @@ def _print(report: Report, as_markdown: bool) -> None:
         f"{load.rounds} rounds; cold: the first token of a round before them",
         *dict.fromkeys(f"not run: {row.skipped}" for row in report.rows if row.skipped),
     ]
+    if (loaded := report.rows[0]).load_seconds:
+        lines.append(_loading(loaded, report.machine))
     kernels = dict.fromkeys(use for row in report.rows for use in row.kernels)
     lines += [f"FALLBACK {use.units}: {use.kernel}, because {use.fallback}" for use in kernels if use.fallback]
     if any(row.share is not None and row.share > 1 for row in report.rows):
@@ -127,6 +129,14 @@ def _cells(row: Row, found: Decoded) -> tuple[str, ...]:
         size(found.peak_bytes),
         f"{found.check.kl:.1e}" if row.fault is None else "WRONG",
     )
+
+
+def _loading(row: Row, on: Machine) -> str:
+    nbytes, took = row.resident_bytes, row.load_seconds or 0.0
+    text = f"loaded {size(nbytes)} in {seconds(took)}, {rate(nbytes / took)}"
+    if on.upload is None:
+        return text
+    return f"{text}: {nbytes / took / on.upload:.0%} of the {rate(on.upload)} from pinned memory to the GPU"
 
 
 def _number(value: float) -> str:
