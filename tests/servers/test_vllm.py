@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from server_weights import WIDTHS, check_weights
 
 from lbq import load as load_lbq
 from lbq.conversion import convert
-from lbq.formats.artifact import Artifact, open_artifact
-from lbq.formats.packing import BITS, GROUPS, PackedWeight
+from lbq.formats.packing import BITS, GROUPS
 from lbq.formats.readers import VERSIONS, vllm_fit, vllm_kernel
 from lbq.formats.scheme import Scheme
 from lbq.quantizer.export import export
@@ -29,17 +29,6 @@ os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")  # read when it is imported
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
-
-WIDTHS = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 288,
-}
-PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-ROW_PARALLEL = ("o_proj", "down_proj")
 
 Make = Callable[..., Path]
 
@@ -65,24 +54,6 @@ def nvidia(capability: int) -> Iterator[None]:
             patch.setattr(current_platform, name, value, raising=False)
         patch.setattr(humming, "has_humming", lambda: True)  # vLLM asks for it; it is not imported without a GPU
         yield
-
-
-@pytest.fixture(scope="session")
-def make(write_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """``make(family, **options)``: an artifact of a model that two ranks can share; each made once."""
-    root = tmp_path_factory.mktemp("vllm")
-    made: dict[str, Path] = {}
-
-    def run(family: str = "qwen3", **options: Any) -> Path:
-        key = f"{family}-{'-'.join(map(str, options.values()))}"
-        if key not in made:
-            source = root / family
-            if not source.exists():
-                write_checkpoint(source, family, **WIDTHS, use_sliding_window=None)  # vLLM has no mixture of windows
-            made[key] = convert(source, root / str(len(made)), device="cpu", **options).path
-        return made[key]
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -133,55 +104,11 @@ def load(folder: Path, ranks: int = 1, rank: int = 0, capability: int = 80) -> t
     return model, kernels
 
 
-def expected(artifact: Artifact, name: str, ranks: int, rank: int) -> torch.Tensor:
-    """A rank's part of what a (fused) layer stands for."""
-    parent, _, leaf = name.rpartition(".")
-    found = []
-    for part in PARTS.get(leaf, (leaf,)):
-        module = f"{parent}.{part}".removeprefix(".")
-        whole = artifact.packed(module) if artifact.is_quantized(module) else None
-        weight = whole.dequantize() if whole else artifact.dense(f"{module}.weight").float()
-        found.append(weight.chunk(ranks, dim=int(leaf in ROW_PARALLEL))[rank])
-    return torch.cat(found)
-
-
-def loaded(layer: Any) -> torch.Tensor:
-    """What a layer's parameters stand for."""
-    if not hasattr(layer, "weight_packed"):
-        return layer.weight.detach().float()
-    scheme = layer.scheme
-    k = layer.input_size_per_partition
-    scales = layer.weight_scale.detach()
-    assert scales.dtype == torch.bfloat16
-    return PackedWeight(layer.weight_packed.detach(), scales, scheme.num_bits, k // scales.shape[1], k).dequantize()
-
-
 def check(folder: Path, ranks: int, rank: int) -> None:
-    """Every layer has the scheme of the manifest and this rank's weights."""
+    """Every layer has its scheme, its weights, and a kernel."""
     model, kernels = load(folder, ranks, rank)
-    with open_artifact(folder) as artifact:
-        quantized = artifact.manifest.quantized
-        seen = set()
-        for name, layer in model.named_modules():
-            parent, _, leaf = name.rpartition(".")
-            if leaf not in (*PARTS, *ROW_PARALLEL, "lm_head"):
-                continue
-            first = f"{parent}.{PARTS.get(leaf, (leaf,))[0]}".removeprefix(".")
-            entry = quantized.get(first)
-            assert hasattr(layer, "weight_packed") == (entry is not None), name
-            if entry is not None:
-                group = layer.scheme.group_size
-                assert (layer.scheme.num_bits, group) == (entry.bits, entry.scheme.group or -1), name
-                seen |= {f"{parent}.{part}".removeprefix(".") for part in PARTS.get(leaf, (leaf,))}
-            rows = loaded(layer)
-            if leaf == "lm_head":  # rows are padded, and its first rank has more of them
-                per = rows.shape[0]
-                whole = expected(artifact, name, 1, 0)[rank * per : (rank + 1) * per]
-                assert torch.equal(rows[: len(whole)], whole), name
-            elif not (artifact.spec.tied and leaf == "lm_head"):
-                assert torch.equal(rows, expected(artifact, name, ranks, rank)), name
-        assert seen == set(quantized)
-        assert len(kernels) == sum(hasattr(layer, "weight_packed") for layer in model.modules())
+    check_weights(model, folder, ranks, rank)
+    assert len(kernels) == sum(hasattr(layer, "weight_packed") for layer in model.modules())
 
 
 def test_the_version_is_the_one_that_is_documented() -> None:
