@@ -17,7 +17,7 @@ from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.packing import BITS, GROUPS
 from lbq.formats.spec import ModelSpec
-from lbq.runtime.bench.decode import Decoded, Workload, cache_bytes, decode
+from lbq.runtime.bench.decode import Decoded, Speed, Workload, cache_bytes, decode
 from lbq.runtime.bench.shapes import SHAPES
 from lbq.runtime.bench.timing import copy_bandwidth, upload_bandwidth
 from lbq.runtime.bench.weights import RandomWeights
@@ -81,6 +81,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Peer:
+    """What another engine gave at the same shape, or in ``failure`` why it gave nothing. ``nbytes``: of weights and
+    keys a token, in its format; None where only the peer knows."""
+
+    name: str
+    version: str | None
+    nbytes: int | None
+    speed: Speed | None
+    first_token_seconds: float | None
+    failure: str | None
+
+
+@dataclass(frozen=True)
 class Report:
     """A run of the bench."""
 
@@ -88,6 +101,7 @@ class Report:
     machine: Machine
     load: Workload
     rows: tuple[Row, ...]
+    peers: tuple[Peer, ...] = ()
 
     def require_sound(self) -> None:
         """Raise DeviceError for numbers that are not those of the model."""

@@ -11,14 +11,15 @@ from lbq.page.axes import Axis, logarithmic
 from lbq.page.numbers import number
 from lbq.runtime.bench.sweep import Report
 
-WIDTH, HEIGHT = 760, 460
-LEFT, RIGHT, TOP, BOTTOM = 76, 150, 56, 52  # margins; labels of points stand in the right one too
+WIDTH, HEIGHT = 840, 460
+LEFT, RIGHT, TOP, BOTTOM = 76, 230, 56, 52  # margins; labels of points stand in the right one too
 LINE = 15  # between labels
 
 STYLE = """\
 text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-size: 15px; font-weight: 600 }
 .axis { stroke: #999 } .grid { stroke: #ddd } .roof { stroke: #b3261e; stroke-width: 2 }
 .part { stroke: #b3261e; stroke-dasharray: 4 4; opacity: .6 } .lbq { fill: #1a5fb4 } .wrong { fill: #b3261e }
+.peer { fill: #888 }
 .lead { stroke: #999; stroke-width: .5 } .back { fill: #fff }
 @media (prefers-color-scheme: dark) { text { fill: #ddd } .grid { stroke: #444 } .back { fill: #1b1b1b }
 .lbq { fill: #78aeed } .roof, .part { stroke: #ff8a80 } .wrong { fill: #ff8a80 } }"""
@@ -49,6 +50,10 @@ def draw(report: Report) -> str:
         for row in ran
         if row.decoded is not None
     ]
+    for peer in report.peers:
+        if peer.speed is not None and peer.nbytes is not None:
+            share = peer.speed.median * peer.nbytes / report.machine.copy
+            points.append(Point(peer.nbytes, peer.speed.median, f"{peer.name}: {share:.0%}", "peer"))
     nbytes = [point.x for point in points]
     x = logarithmic(min(nbytes) / 1.3, max(nbytes) * 1.3)
     copy = report.machine.copy
