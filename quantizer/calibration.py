@@ -23,7 +23,7 @@ from lbq.quantizer.quiet import quiet
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MAX_BYTES = 1 << 30  # of a calibration file
+MAX_BYTES = 256 << 20  # of a calibration file or dataset; 128 samples of 2048 tokens are about a megabyte
 PART = 1 << 20  # characters tokenized at a time, which take 140 MB; what is longer counts as several documents
 SUFFIXES = (".txt", ".json", ".jsonl")
 
@@ -43,11 +43,13 @@ class Texts:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples of equal length: ``tokens`` is int64 [samples, tokens a sample]."""
+    """Samples of equal length: ``tokens`` is int64 [samples, tokens a sample], each beginning with the ``prefix`` that
+    the tokenizer puts before a text."""
 
     name: str
     sha256: str
     tokens: torch.Tensor
+    prefix: tuple[int, ...] = ()
 
     def described(self) -> manifests.Calibration:
         """The manifest's entry."""
@@ -75,7 +77,7 @@ def calibrate(source: str, folder: Path, samples: int, length: int, seed: int) -
     pieces = _pieces(tokenizer, texts.documents, samples, length - len(prefix), seed)
     if not pieces:
         raise DataError(f"{source}: does not fill one sample of {length} tokens; give more text or a smaller --seqlen")
-    return Calibration(texts.name, texts.sha256, torch.tensor([prefix + piece for piece in pieces]))
+    return Calibration(texts.name, texts.sha256, torch.tensor([prefix + piece for piece in pieces]), tuple(prefix))
 
 
 def read_texts(source: str) -> Texts:
@@ -122,11 +124,15 @@ def _fetch(hub_id: HubId) -> Texts:
         raise RemoteError(f"{name}: no calibration text from the Hub: {reason}; {advice}") from error
     if "text" not in rows.column_names:
         raise DataError(f"{name}: the dataset has no column named text; {advice}")
-    documents = tuple(str(text) for text in rows["text"])
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.encode("utf-8", "surrogatepass") + b"\0")
-    return Texts(name, digest.hexdigest(), documents)
+    documents, digest, size = [], hashlib.sha256(), 0
+    for document in map(str, rows["text"]):  # read from the disk one by one: they may be more than memory holds
+        data = document.encode("utf-8", "surrogatepass")
+        digest.update(data + b"\0")
+        documents.append(document)
+        size += len(data)
+        if size > MAX_BYTES:
+            raise DataError(f"{name}: more than {MAX_BYTES} bytes of text; {advice}")
+    return Texts(name, digest.hexdigest(), tuple(documents))
 
 
 def _prefix(tokenizer: Tokenizer) -> list[int]:
@@ -138,12 +144,13 @@ def _prefix(tokenizer: Tokenizer) -> list[int]:
 
 def _pieces(tokenizer: Tokenizer, documents: Sequence[str], wanted: int, length: int, seed: int) -> list[list[int]]:
     """Stretches of ``length`` tokens: one of each document first, in random order, so that the samples are many
-    documents and not one; then more of each. What is shorter, and tails, are joined."""
+    documents and not one; then more of each. What is shorter, and tails, are joined. No more than twice what is wanted
+    is held."""
     draw = random.Random(seed)
     order = [(number, at) for number, text in enumerate(documents) for at in range(0, max(1, len(text)), PART)]
     draw.shuffle(order)
     first: list[list[int]] = []
-    rest: list[list[int]] = []
+    rest = _Reservoir(wanted, seed + 1)
     tail: list[int] = []
     for ids in _encoded(tokenizer, documents, order):
         cut = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
@@ -151,13 +158,33 @@ def _pieces(tokenizer: Tokenizer, documents: Sequence[str], wanted: int, length:
             first.append(cut.pop(draw.randrange(len(cut))))
             if len(first) == wanted:
                 return first
-            rest.extend(cut)
+            for piece in cut:
+                rest.add(piece)
         tail.extend(ids[len(ids) - len(ids) % length :])
         while len(tail) >= length:
-            rest.append(tail[:length])
+            rest.add(tail[:length])
             del tail[:length]
-    draw.shuffle(rest)
-    return (first + rest)[:wanted]
+    return (first + rest.shuffled())[:wanted]
+
+
+class _Reservoir:
+    """At most ``size`` of the pieces that pass, each with the same chance (Vitter's algorithm R)."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._draw, self._size = random.Random(seed), size
+        self._seen, self._kept = 0, list[list[int]]()
+
+    def add(self, piece: list[int]) -> None:
+        self._seen += 1
+        if len(self._kept) < self._size:
+            self._kept.append(piece)
+        elif (place := self._draw.randrange(self._seen)) < self._size:
+            self._kept[place] = piece
+
+    def shuffled(self) -> list[list[int]]:
+        """What was kept, in random order: pieces of one document do not stand together."""
+        self._draw.shuffle(self._kept)
+        return self._kept
 
 
 def _encoded(tokenizer: Tokenizer, documents: Sequence[str], order: Sequence[tuple[int, int]]) -> Iterator[list[int]]:

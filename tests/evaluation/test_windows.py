@@ -77,10 +77,27 @@ def test_max_tokens(pair: Pair, most: int, windows: int) -> None:
     assert cut_text.ids == pair[0].encode(text, add_special_tokens=False)[: 8 * windows]
 
 
-def test_a_text_of_long_tokens_is_read_on(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first stretch holds fewer tokens than are wanted."""
-    monkeypatch.setattr("lbq.evaluation.windows.CHARACTERS", 1)
-    assert cut(file("<|im_end|>" * 1000), pair, 8, 80).ids == [257] * 80
+def test_a_long_text_is_read_in_parts(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole lines, or words; no more of them than are wanted."""
+    given: list[str] = []
+    real = Tokenizer.encode
+
+    def encode(self: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+        given.append(text)
+        return real(self, text, add_special_tokens=add_special_tokens)
+
+    text = "".join("a few words and a line\n" if i % 50 else "<|im_end|>" * 4 + "\n" for i in range(200)) + "x" * 300
+    ids = pair[0].encode(text, add_special_tokens=False)
+    monkeypatch.setattr("lbq.evaluation.windows.PART", 100)
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    assert cut(file(text), pair[:1], 8, None).ids == ids[: len(ids) // 8 * 8]
+    parts = [part for part in given if part != "a"]
+    assert "".join(parts) == text
+    assert {len(part) for part in parts} <= set(range(1, 101))
+    assert sum(part.endswith("\n") for part in parts) > 40
+    given.clear()
+    assert cut(file(text), pair[:1], 8, 240).ids == ids[:240]
+    assert len("".join(part for part in given if part != "a")) < 600
 
 
 def test_refusals(pair: Pair, with_bos: Callable[[], Tokenizer]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +103,48 @@ def test_a_long_text_is_read_in_parts(model: Path, tmp_path: Path, monkeypatch: 
     assert max(given) > 10_000
 
 
+def test_few_pieces_are_held(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a text of few parts, which are samples of all of it; and all of them where they are all wanted."""
+    monkeypatch.setattr(calibration, "PART", 50_000)
+    most = 0
+    add = calibration._Reservoir.add
+
+    def count(self: Any, piece: list[int]) -> None:
+        nonlocal most
+        add(self, piece)
+        most = max(most, len(self._kept))
+
+    monkeypatch.setattr(calibration._Reservoir, "add", count)
+    text = words(0, 20_000)
+    source = save(tmp_path / "text.txt", text)
+    pieces = decoded(model, calibrate(source, model, 40, 50, 0))
+    assert most == 40
+    places = sorted(text.index(piece) for piece in pieces)
+    assert len(set(places)) == 40
+    assert places[0] < len(text) / 8
+    assert places[-1] > len(text) * 7 / 8
+    every = calibrate(source, model, 10**6, 50, 0).tokens
+    assert len({tuple(sample) for sample in every.tolist()}) == len(every) == len(text) // 50
+
+
+def test_more_text_than_is_read(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "MAX_BYTES", 1000)
+    with pytest.raises(DataError, match=r"text\.txt: larger than 1000 bytes"):
+        calibrate(save(tmp_path / "text.txt", words(0, 1001)), model, 4, 32, 0)
+    read: list[int] = []
+
+    def rows() -> Iterator[str]:
+        for i in range(100):
+            read.append(i)
+            yield "x" * 99
+
+    mapped = Rows(text=rows())
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: mapped))
+    with pytest.raises(DataError, match=r"^some/text: more than 1000 bytes of text; give a local file"):
+        read_texts("some/text")
+    assert len(read) == 11
+
+
 def test_fewer_than_asked_for(model: Path, tmp_path: Path) -> None:
     source = save(tmp_path / "text.txt", words(1, 100))
     assert calibrate(source, model, 8, 30, 0).tokens.shape == (3, 30)
@@ -156,7 +198,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
         calibrate(save(tmp_path / "text.txt", "text"), tmp_path, 4, 32, 0)
 
 
-class Rows(dict[str, list[str]]):
+class Rows(dict[str, Iterable[str]]):
     column_names = property(lambda self: list(self))
 
 
