@@ -15,12 +15,13 @@ from lbq.formats import manifest as manifests
 from lbq.formats import report as reports
 from lbq.formats.compressed_tensors import quantization_config
 from lbq.formats.disk import check_plain_name, require_space
-from lbq.formats.errors import DeviceError, UsageError
+from lbq.formats.errors import DeviceError, StorageError, UsageError
 from lbq.formats.manifest import MANIFEST, PAGE, REPORT, Manifest
 from lbq.formats.quality import Quality
 from lbq.formats.report import Report
 from lbq.formats.safetensors_file import INDEX
 from lbq.formats.staging import StagedFolder, check_target
+from lbq.hub.client import OnNote, quiet
 from lbq.quantizer import methods, streaming
 from lbq.quantizer.autoround.run import OnProgress as OnTuned
 from lbq.quantizer.autoround.work import Work
@@ -30,6 +31,7 @@ from lbq.quantizer.prepare import SPARE_BYTES, Prepared
 from lbq.quantizer.shards import Shards
 from lbq.quantizer.source import Hasher
 from lbq.quantizer.streaming import AHEAD, StreamWork
+from lbq.quantizer.work_folder import WorkFolder
 from lbq.quantizer.writing import OnProgress, Written, write_step
 
 Measure = Callable[[Path], Quality]  # what a whole artifact's report gets, see write_artifact
@@ -55,10 +57,10 @@ def check_output(model: str | Path, out: Path, *, overwrite: bool) -> None:
     check_target(out, Path(model) if Path(model).is_dir() else None, overwrite=overwrite)
 
 
-def unfinished(out: Path) -> bool:
+def unfinished(prepared: Prepared, out: Path) -> bool:
     """Whether an interrupted conversion into ``out`` has left work with which another call goes on."""
-    target = Path(os.path.realpath(out))
-    return Work.of(target).folder.is_dir() or StreamWork(target).folder.is_dir()
+    work = _work(prepared, out)
+    return work is not None and work.exists
 
 
 def write_artifact(
@@ -73,6 +75,7 @@ def write_artifact(
     on_progress: OnProgress | None = None,
     on_tuned: OnTuned | None = None,
     on_fetch: OnFetch | None = None,
+    on_note: OnNote = quiet,
 ) -> Conversion:
     """Convert into the folder ``out``, which appears whole or not at all. A source whose weights are on the Hub is
     converted while it is downloaded: see :func:`placed`.
@@ -80,6 +83,7 @@ def write_artifact(
     What takes long keeps finished work beside ``out``, and a later call goes on there; ``restart`` drops it.
     ``measure`` is called once with a folder that is the artifact in all but its name, before it appears as ``out``;
     what it returns becomes part of the report, and what it raises leaves no artifact. ``page`` makes ``report.html``.
+    ``on_note`` hears of unfinished work of other conversions, and of work that could not be removed at the end.
 
     ``device`` is ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``. Raises BusyError if somebody else converts
     into ``out``, StorageError for the disk, DataError for a weight that cannot be quantised, UsageError and DeviceError
@@ -90,6 +94,7 @@ def write_artifact(
     assert measure is None or source.remote is None, "measuring reads the source again"
     check_target(out, source.folder, overwrite=overwrite)
     require_space(out, _space(prepared, out, restart=restart))
+    _say_what_is_left(prepared, out, on_note)
     small = _small_files(prepared)
     sources = [source.folder / "config.json", *source.companions(), *_weight_files(prepared)]
     with StagedFolder(out, overwrite=overwrite, source=source.folder) as stage, Hasher(sources) as hasher:
@@ -118,7 +123,7 @@ def write_artifact(
             made = {PAGE: stage.add_file(PAGE, page(manifest, report))}
             manifest = _seal(stage, msgspec.structs.replace(manifest, files=manifest.files | made), report)
         stage.commit()
-        written.finish()
+        _tidy(written, on_note)
     return Conversion(out, manifest, report)
 
 
@@ -181,10 +186,39 @@ def _weight_files(prepared: Prepared) -> list[Path]:
 
 def _space(prepared: Prepared, out: Path, *, restart: bool) -> int:
     """Bytes that a conversion still has to write beside ``out``."""
+    work = _work(prepared, out)
+    kept = 0 if work is None or restart else work.nbytes()
+    artifact = prepared.plan.nbytes + SPARE_BYTES
+    if prepared.source.remote is not None:
+        return max(0, artifact + AHEAD * prepared.largest_remote - kept)
+    return artifact + max(0, prepared.tuning_sizes.disk - kept)
+
+
+def _work(prepared: Prepared, out: Path) -> WorkFolder | None:
+    """Where a conversion keeps what is finished; None: it begins anew each time."""
     target = Path(os.path.realpath(out))
-    fetched = AHEAD * prepared.largest_remote if prepared.source.remote else 0
-    work = prepared.tuning_sizes.disk - (0 if restart else Work.of(target).nbytes())
-    return prepared.plan.nbytes + SPARE_BYTES + max(0, work) + fetched - (0 if restart else StreamWork(target).nbytes())
+    if prepared.source.remote is not None:
+        return StreamWork(target)
+    return Work(target) if prepared.request.tuning is not None else None
+
+
+def _say_what_is_left(prepared: Prepared, out: Path, on_note: OnNote) -> None:
+    """Name unfinished work of another kind: this conversion does not touch it, and nobody else will remember it."""
+    own = _work(prepared, out)
+    for other in (kind(Path(os.path.realpath(out))) for kind in (Work, StreamWork)):
+        if other.exists and (own is None or other.folder != own.folder):
+            on_note(
+                f"{other.folder}: unfinished work of another conversion, {other.nbytes()} bytes, which this one leaves "
+                "as it is; remove it unless you are going to finish that one"
+            )
+
+
+def _tidy(written: Written, on_note: OnNote) -> None:
+    """The artifact stands, whatever becomes of what was needed for it."""
+    try:
+        written.finish()
+    except StorageError as error:
+        on_note(f"{error}; the artifact is whole, and what is left there is of no more use: remove it")
 
 
 def _write(

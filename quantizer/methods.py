@@ -148,6 +148,11 @@ def described(request: Request, calibration: Calibration | None, device: torch.d
     )
 
 
+def device_name(device: torch.device) -> str:
+    """A GPU by its model, else ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def tools(request: Request) -> dict[str, str]:
     """Versions of what decides the codes."""
     names = () if request.tuning is None else ("auto-round", "transformers")
@@ -182,8 +187,9 @@ def tuned(
             for step in plan.steps
             if isinstance(step, Quantize) and step.module.startswith(LAYERS + ".")
         },
+        device=device_name(device),
     )
-    work = Work.of(target)
+    work = Work(target)
     work.open(header, restart=restart)
     tokens = torch.empty((0, 1), dtype=torch.int64) if calibration is None else calibration.tokens
     tuner = Tuner(folder, plan, checkpoint, request.tuning, tokens, work, device)

@@ -1,16 +1,15 @@
 """Converting while downloading: shards of a source on the Hub are fetched, converted and dropped one by one.
 
-Beside the target ``NAME`` stands, until the artifact is whole, the folder ``.NAME.stream``, protected by the lock of
-the target: the source's shards that are in use in ``source``, the artifact's unfinished files, and ``stream.json``,
-which says what they are of and what is done. It is written anew when all that a shard of the source gives is on the
-disk; only then is that shard dropped. A conversion that was cut goes on after the last such shard.
+Beside the target ``NAME`` stands, until the artifact is whole, the folder ``.NAME.stream``: the source's shards that
+are in use in ``source``, the artifact's unfinished files, and ``stream.json``, which says what they are of and what is
+done. It is written anew when all that a shard of the source gives is on the disk; only then is that shard dropped. A
+conversion that was cut goes on after the last such shard.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,27 +18,24 @@ import torch
 
 from lbq import __version__
 from lbq.formats import json_file
-from lbq.formats.disk import FileEntry, storage_errors, sync_folder, write_file
-from lbq.formats.errors import DataError, RemoteError, StorageError, UsageError
+from lbq.formats.disk import FileEntry, storage_errors, write_file
+from lbq.formats.errors import DataError, RemoteError, StorageError
 from lbq.formats.safetensors_file import INDEX, Checkpoint
 from lbq.formats.spec import Part
 from lbq.formats.staging import StagedFolder
 from lbq.hub.snapshot import Snapshot
 from lbq.quantizer.fetching import Fetcher, OnFetch
 from lbq.quantizer.measure import Measured
-from lbq.quantizer.methods import Rounded
+from lbq.quantizer.methods import Rounded, device_name
 from lbq.quantizer.plan import Keep, Plan, Quantize
 from lbq.quantizer.remote import RemoteShard
 from lbq.quantizer.shards import Shards
+from lbq.quantizer.work_folder import Layers, WorkFolder, layer_differences, tool_differences
 from lbq.quantizer.writing import OnProgress, Written, write_step
 
-JOURNAL = "stream.json"
 SOURCE = "source"
 VERSION = 1
 AHEAD = 2  # shards of the source that are here at a time
-OURS = re.compile(
-    rf"{SOURCE}|({re.escape(JOURNAL)}|{re.escape(INDEX)}|model(-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors)(\.part)?"
-)
 
 
 class Header(Part, frozen=True):
@@ -51,7 +47,7 @@ class Header(Part, frozen=True):
     revision: str
     device: str
     max_shard_bytes: int
-    layers: dict[str, tuple[int, int, int]]  # bits, group as searched, group as stored
+    layers: Layers
     dense: tuple[str, ...]
 
 
@@ -64,56 +60,38 @@ class Journal(Part, frozen=True):
     files: dict[str, FileEntry]
 
 
-class StreamWork:
-    """The work folder. Its user holds the target's lock."""
+class StreamWork(WorkFolder):
+    """The files of a work folder."""
+
+    SUFFIX = "stream"
+    HEAD = "stream.json"
+    OTHERS = re.compile(rf"{SOURCE}|{re.escape(INDEX)}|model(-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors")
+    LASTING = "*.safetensors*"
 
     def __init__(self, target: Path) -> None:
-        """``target`` may not exist."""
-        self.folder = target.with_name(f".{target.name}.stream")
+        super().__init__(target)
         self.source = self.folder / SOURCE
 
     def open(self, header: Header, *, restart: bool) -> Journal:
         """Make the folder, or go on in one that was made for the same ``header``; ``restart`` drops what is there.
 
-        Raises UsageError that says what differs, StorageError for a folder that is not lbq's or a disk that refuses,
-        DataError for a journal that cannot be read.
+        Raises UsageError that says what differs, and what :meth:`head` raises.
         """
-        found = self._found()
-        if restart and os.path.lexists(self.folder):
-            self.remove()
-            found = None
-        if found is not None and found.header != header:
-            raise UsageError(
-                f"{self.folder}: unfinished work of another conversion: {'; '.join(_differences(found.header, header))}"
-                "; repeat that command to finish it, choose another output, or drop it with --restart"
-            )
+        found = self.head(Journal, restart=restart)
+        if found is not None and (differences := list(_differences(found.header, header))):
+            raise self.refusal(differences)
+        journal = found or Journal(header, {}, {}, {})
         with storage_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
             self.source.mkdir(exist_ok=True)
-        journal = found or Journal(header, {}, {}, {})
-        for name in os.listdir(self.folder):  # a file that was whole before the journal said so goes on being written
-            if name.endswith(".safetensors") and name not in journal.files:
-                os.rename(self.path(name), self.path(f"{name}.part"))
-        for name in journal.sources:  # used up, and not dropped before the end
-            (self.source / name).unlink(missing_ok=True)
+            for name in os.listdir(self.folder):  # one that was whole before the journal said so goes on being written
+                if name.endswith(".safetensors") and name not in journal.files:
+                    os.rename(self.path(name), self.path(f"{name}.part"))
+            for name in journal.sources:  # used up, and not dropped before the end
+                (self.source / name).unlink(missing_ok=True)
         if found is None:
             self.write(journal)
         return journal
-
-    def _found(self) -> Journal | None:
-        if not os.path.lexists(self.folder):
-            return None
-        if self.folder.is_symlink() or not self.folder.is_dir():
-            raise StorageError(f"{self.folder}: not a folder of lbq's; move it away")
-        foreign = [name for name in sorted(os.listdir(self.folder)) if not OURS.fullmatch(name)]
-        if foreign:
-            raise StorageError(f"{self.folder}: holds {foreign[0]!r}, which lbq did not write; move it away")
-        if not self.path(JOURNAL).exists():
-            return None
-        try:
-            return json_file.read(self.path(JOURNAL), Journal)
-        except DataError as error:
-            raise DataError(f"{error}; remove {self.folder}") from None
 
     def path(self, name: str) -> Path:
         """Where a file of the folder is, or will be."""
@@ -125,13 +103,8 @@ class StreamWork:
 
     def write(self, journal: Journal) -> None:
         """Keep what is done."""
-        self.add_file(JOURNAL, json_file.encode(journal))
-        with storage_errors(self.folder):
-            sync_folder(self.folder)
-
-    def nbytes(self) -> int:
-        """Bytes of what is there."""
-        return sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*") if path.is_file())
+        self.add_file(self.HEAD, json_file.encode(journal))
+        self.sync()
 
     def hand_over(self, names: Iterable[str], stage: StagedFolder) -> None:
         """Let the artifact's files stand in the staged folder too: links, so that a kill before its commit loses
@@ -142,11 +115,6 @@ class StreamWork:
                     os.link(self.path(name), stage.path(name))
                 except OSError:
                     os.rename(self.path(name), stage.path(name))
-
-    def remove(self) -> None:
-        """Remove the folder."""
-        with storage_errors(self.folder):
-            shutil.rmtree(self.folder)
 
 
 def stream(
@@ -207,7 +175,7 @@ def _header(source: Snapshot, plan: Plan, device: torch.device, max_shard_bytes:
         tools={"lbq": __version__, "torch": str(torch.__version__)},
         source=source.hub_id.name,
         revision=source.commit,
-        device=device.type,
+        device=device_name(device),
         max_shard_bytes=max_shard_bytes,
         layers={step.module: (step.entry.bits, step.group, step.entry.group) for step in steps},
         dense=tuple(plan.dense),
@@ -220,17 +188,10 @@ def _differences(found: Header, header: Header) -> Iterator[str]:
         then, now = getattr(found, field), getattr(header, field)
         if then != now:
             yield f"{field.replace('_', ' ')} {then}, now {now}"
-    for name in sorted(found.layers.keys() | header.layers.keys()):
-        if found.layers.get(name) != header.layers.get(name):
-            yield f"{name} {_scheme(found.layers.get(name))}, now {_scheme(header.layers.get(name))}"
-            break
-    for tool in sorted(found.tools.keys() | header.tools.keys()):
-        if found.tools.get(tool) != header.tools.get(tool):
-            yield f"{tool} {found.tools.get(tool)}, now {header.tools.get(tool)}"
-
-
-def _scheme(layer: tuple[int, int, int] | None) -> str:
-    return "BF16" if layer is None else f"INT{layer[0]} in groups of {layer[2]}"
+    yield from layer_differences(found.layers, header.layers)
+    if found.dense != header.dense:
+        yield "other tensors that stay BF16"
+    yield from tool_differences(found.tools, header.tools)
 
 
 def _by_file(source: Snapshot, plan: Plan, checkpoint: Checkpoint) -> dict[str, list[Quantize | Keep]]:

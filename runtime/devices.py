@@ -182,29 +182,30 @@ def _gpu_trouble() -> str | None:
 
 
 @contextmanager
-def device_errors() -> Iterator[None]:
-    """Turn failures of a device, and memory that runs out, into DeviceError; other errors pass."""
+def device_errors(smaller: str = "try a shorter --context N, or --device cpu") -> Iterator[None]:
+    """Turn failures of a device, and memory that runs out, into DeviceError; other errors pass. ``smaller`` is what to
+    do where memory runs out."""
     try:
         yield
     except Exception as error:
-        message = _device_message(error)
+        message = _device_message(error, smaller)
         if message is None:
             raise
         raise DeviceError(message) from error
 
 
-def _device_message(error: Exception) -> str | None:
+def _device_message(error: Exception, smaller: str) -> str | None:
     """One line and what to try, or None for what is no fault of a device."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU is out of memory: try a shorter --context N, or --device cpu"
+        return f"the GPU is out of memory: {smaller}"
     if isinstance(error, subprocess.CalledProcessError):  # Triton builds what launches its kernels
         return "Triton's C compiler failed: install gcc and the headers of Python, or use --device cpu"
     if isinstance(error, torch.AcceleratorError) or _is_tritons(error):
         return f"the GPU fails: {type(error).__name__}: {text[:300]}; try --device cpu"
     if isinstance(error, RuntimeError):
         if "DefaultCPUAllocator" in text:
-            return "out of memory: try a shorter --context N"
+            return f"out of memory: {smaller}"
         if any(word in text for word in ("CUDA", "CUBLAS", "cuBLAS", "C compiler")):  # libraries have no type of theirs
             return f"the GPU fails: {text[:300]}; try --device cpu"
     return None

@@ -21,7 +21,7 @@ from lbq.evaluation.mixed import freedom
 from lbq.evaluation.models import windows_of
 from lbq.evaluation.scores import summarize
 from lbq.evaluation.stream import Side, stream
-from lbq.evaluation.study import saved
+from lbq.evaluation.study import SavedUnits
 from lbq.evaluation.windows import read_text
 from lbq.quantizer.on_load import QuantizedOnLoad
 from lbq.quantizer.original import open_original
@@ -45,15 +45,16 @@ class Study:
     """What the report of an artifact says of a model's units, all of them."""
 
     def __init__(self, source: SourceFolder, artifact: Path, group: str) -> None:
-        self._source, self._artifact, self._group = source, artifact, group
+        self._source, self._group = source, group
         self._free = freedom(prepare(source, make_request(4, group)))
-        self._kl = {(s.modules, s.bits): s.kl.mean for s in saved(self._free, artifact).sensitivity}
+        self._saved = SavedUnits(self._free, artifact)
+        self._kl = {(s.modules, s.bits): s.kl.mean for s in self._saved.study(self._free).sensitivity}
 
     def chosen(self, target: float, lm_head: int | None) -> Case:
         """The least sum at ``target`` bits a weight, beside a head of ``lm_head`` bits or with the head's chosen."""
         free = freedom(prepare(self._source, make_request(4, self._group, lm_head=lm_head)))
         name = f"chosen for {target:g}" + (f", head INT{lm_head}" if lm_head else "")
-        return self._case(name, saved(free, self._artifact).choose(target).prepared)
+        return self._case(name, self._saved.study(free).choose(target).prepared)
 
     def uniform(self, bits: int, head: int) -> Case:
         """All layers at ``bits`` and the head at ``head``."""

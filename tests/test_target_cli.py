@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hub_stub import Hub
+from tokenizers import Tokenizer, processors
 
 from lbq.formats import json_file
 from lbq.formats.manifest import read_manifest
@@ -169,6 +171,96 @@ def test_refusals(options: str, message: str, source: Path, lbq: Lbq, tmp_path: 
     assert done.code in (2, 4)
     assert done.error.startswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def on_the_hub(source: Path, hub: Hub) -> str:
+    hub.add_folder("user/model", source)
+    return "user/model"
+
+
+def weights_fetched(hub: Hub) -> bool:
+    """But for headers."""
+    return any(r.storage and r.method == "GET" and not r.headers.get("range", "") for r in hub.requests)
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--calib nowhere.txt", "nowhere.txt: "),
+        ("--calib short.txt", "short.txt: does not fill one sample"),
+        ("--sensitivity nowhere", "nowhere: no such folder"),
+        ("--sensitivity chosen --gs 64", "chosen: its report does not have model.layers.0.self_attn.q_proj at 4 bits"),
+        ("--sensitivity chosen --gs 32 --target-bpw 99", "--target-bpw 99: this model takes"),
+    ],
+)
+def test_what_is_wrong_is_said_before_weights_are_fetched(
+    on_the_hub: str,
+    chosen: Path,
+    options: str,
+    message: str,
+    hub: Hub,
+    lbq: Lbq,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    del chosen
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("a")
+    done = lbq("convert", on_the_hub, "--target-bpw", "5", *options.split(), "--out", tmp_path / "out")
+    assert (done.code in (2, 3, 4), done.error.startswith(message)) == (True, True), done
+    assert not weights_fetched(hub)
+    assert not list((tmp_path / "hf-home").rglob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_dry_run_of_a_model_on_the_hub(
+    on_the_hub: str, source: Path, chosen: Path, hub: Hub, lbq: Lbq, tmp_path: Path
+) -> None:
+    """Its weights are not here, and the Hub knows their hashes."""
+    options = ("--target-bpw", "4.2", "--gs", "32", "--sensitivity", chosen)
+    done = lbq("convert", on_the_hub, *options, "--dry-run", "--json")
+    assert done.code == 0, done
+    assert not weights_fetched(hub)
+    assert json.loads(done.out)["quantized"] == msgspec.to_builtins(read_manifest(chosen).quantized)
+    assert lbq("convert", on_the_hub, *options, "--out", tmp_path / "out").code == 0
+    assert weights_fetched(hub)
+    assert read_manifest(tmp_path / "out").quantized == read_manifest(chosen).quantized
+    data = (source / "model.safetensors").read_bytes()
+    hub.put("user/model", "model.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
+    done = lbq("convert", on_the_hub, *options, "--dry-run")
+    assert (done.code, "made from another source" in done.error) == (3, True), done
+
+
+def test_notes_are_those_of_the_chosen_bits(source: Path, lbq: Lbq, tmp_path: Path) -> None:
+    """What is said is what the manifest has: 8 bits have a scale a row, whatever group the others have."""
+    done = lbq("convert", source, "--target-bpw", "6", "--gs", "256", "--out", tmp_path / "out")
+    assert done.code == 0, done
+    manifest = read_manifest(tmp_path / "out")
+    assert {8} < {entry.bits for entry in manifest.quantized.values()}
+    said = [line.removeprefix("note: ") for line in done.err.splitlines()]
+    assert said
+    assert said == list(manifest.notes)
+
+
+def test_special_tokens_are_not_of_the_text(make_checkpoint: Callable[..., Path], lbq: Lbq, tmp_path: Path) -> None:
+    """Which begin every window, whoever cuts it."""
+    folder = make_checkpoint("smollm2")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 256)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("a few words " * 100)
+    counts = []
+    for more in (("--calib", tmp_path / "text.txt"), ()):
+        done = lbq("convert", folder, "--report", "full", "--gs", "32", *more, "--out", tmp_path / "out", "--overwrite")
+        assert done.code == 0, done
+        quality = read_report(tmp_path / "out").quality
+        assert quality is not None
+        text = quality.sensitivity_text
+        assert text is not None
+        counts.append((text.tokens, text.context, text.windows, text.positions))
+    assert counts == [(2 * 127, 128, 2, 128), (2 * 127, 128, 2, 128)]
 
 
 def test_nothing_is_measured_for_a_folder_that_is_taken(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lbq.formats.errors import DataError
 from lbq.formats.packing import SCALE_DTYPE, PackedWeight, pack
 from lbq.formats.safetensors_file import Checkpoint
 from lbq.quantizer import tensors
@@ -75,6 +76,8 @@ def tune(
 
     ``fallback`` has every layer by round to nearest, from which layers are taken that auto-round leaves alone and
     groups that it would zero. ``config`` is transformers' of the model. The block's weights are spoilt.
+
+    Raises DataError where auto-round leaves numbers that are not codes times scales.
     """
     tuned = [step for step in steps if step.tunable]
     if not tuned:
@@ -165,7 +168,10 @@ def _scheme(step: Quantize) -> dict[str, object]:
 
 
 def _packed(linear: torch.nn.Linear, step: Quantize, fallback: PackedWeight) -> PackedWeight:
-    """Codes and scales of a layer that auto-round has done; groups with clamped scales from ``fallback``."""
+    """Codes and scales of a layer that auto-round has done; groups with clamped scales from ``fallback``.
+
+    Raises DataError where the layer's weights, NaN for instance, are not what codes and scales stand for.
+    """
     entry = step.entry
     weight = linear.weight.data.cpu().view(entry.n, -1, step.group)
     found: Any = linear.scale
@@ -174,8 +180,11 @@ def _packed(linear: torch.nn.Linear, step: Quantize, fallback: PackedWeight) -> 
     factors = scales.float().unsqueeze(2)
     signed = (weight / factors).round_()
     half = 1 << (entry.bits - 1)
-    assert torch.equal(signed * factors, weight), f"{step.module}: not codes times scales"
-    assert -half <= int(signed.min()) <= int(signed.max()) < half
+    if not torch.equal(signed * factors, weight) or not -half <= int(signed.min()) <= int(signed.max()) < half:
+        raise DataError(
+            f"{step.module}: what AutoRound made of it is not codes times scales; leave the layer out with "
+            f"--keep {step.module}, or convert with --method rtn"
+        )
     clamped = scales.abs() <= CLAMP
     repeat = step.group // entry.group
     own_scales = fallback.scales.cpu()[:, ::repeat]

@@ -1,18 +1,15 @@
 """The work folder of a conversion that takes hours: what is finished survives a kill at any moment.
 
-Beside the target ``NAME`` it is ``.NAME.work``, protected by the lock of the target. ``work.json`` says what the work
-is of; ``block-00007.safetensors`` holds a finished block's codes and scales; ``reference-00008`` and
-``quantized-00008`` the hidden states that enter block 8 in the original and in the quantised model. Every file has its
-name only once it is whole and on the disk.
+Beside the target ``NAME`` it is ``.NAME.work``. ``work.json`` says what the work is of; ``block-00007.safetensors``
+holds a finished block's codes and scales; ``reference-00008`` and ``quantized-00008`` the hidden states that enter
+block 8 in the original and in the quantised model. Every file has its name only once it is whole and on the disk.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +18,15 @@ import torch
 from lbq.formats import json_file
 from lbq.formats.artifact import DENSE_DTYPE, packed_tensors
 from lbq.formats.disk import FileEntry, storage_errors, sync_folder, write_file
-from lbq.formats.errors import DataError, StorageError, UsageError
 from lbq.formats.manifest import AutoRound
 from lbq.formats.packing import PackedWeight
 from lbq.formats.safetensors_file import SafetensorsFile
 from lbq.formats.safetensors_writer import ShardWriter, TensorPlan
 from lbq.formats.spec import Part
 from lbq.quantizer.plan import Quantize
+from lbq.quantizer.work_folder import Layers, WorkFolder, layer_differences, tool_differences
 
-HEADER = "work.json"
-VERSION = 1
+VERSION = 2
 FILES = re.compile(r"(block|reference|quantized)-([0-9]{5})\.safetensors")
 
 
@@ -41,11 +37,13 @@ class Header(Part, frozen=True):
     tools: dict[str, str]
     source: dict[str, FileEntry]
     method: AutoRound
-    layers: dict[str, tuple[int, int, int]]  # bits, group as searched, group as stored
+    layers: Layers
+    device: str = ""  # by its name: two kinds of GPU do not add up alike
 
 
 class States(Sequence[torch.Tensor]):
-    """The hidden states of all samples at one place of the model; a sequence of BF16 [1, tokens, hidden], mapped."""
+    """The hidden states of all samples at one place of the model; a sequence of BF16 [1, tokens, hidden], read from the
+    file each time: none of its pages stay in memory."""
 
     def __init__(self, path: Path) -> None:
         self._file = SafetensorsFile(path)
@@ -55,7 +53,10 @@ class States(Sequence[torch.Tensor]):
         return len(self._names)
 
     def __getitem__(self, number: Any) -> Any:
-        return self._file.tensor(self._names[number])
+        name = self._names[number]
+        sample = self._file.tensor(name).clone()
+        self._file.release(name)
+        return sample
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         """Float32 [up to size, tokens, hidden], in order."""
@@ -66,62 +67,31 @@ class States(Sequence[torch.Tensor]):
                 self._file.release(name)
 
 
-class Work:
-    """The files of a work folder. Its user holds the target's lock."""
+class Work(WorkFolder):
+    """The files of a work folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @staticmethod
-    def of(target: Path) -> Work:
-        """The work folder that belongs to ``target``, which may not exist."""
-        return Work(target.with_name(f".{target.name}.work"))
+    SUFFIX = "work"
+    HEAD = "work.json"
+    OTHERS = FILES
+    LASTING = "*.safetensors"
 
     def open(self, header: Header, *, restart: bool) -> None:
         """Make the folder, or go on in one that was made for the same ``header``; ``restart`` drops what is there.
 
-        Raises UsageError that says what differs, StorageError for a folder that is not lbq's or a disk that refuses,
-        DataError for a header that cannot be read.
+        Raises UsageError that says what differs, and what :meth:`head` raises.
         """
-        if os.path.lexists(self.folder):
-            found = self._found(restart)
-            if restart:
-                self.remove()
-            elif found is not None:
-                self._check(found, header)
+        found = self.head(Header, restart=restart)
+        if found is not None and (differences := list(_differences(found, header))):
+            raise self.refusal(differences)
         with storage_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
             for part in self.folder.glob("*.part"):
                 part.unlink()
-        if not (self.folder / HEADER).exists():
-            write_file(self.folder / HEADER, json_file.encode(header))
+        if found is None:
+            write_file(self.folder / self.HEAD, json_file.encode(header))
+            self.sync()
             with storage_errors(self.folder):
-                sync_folder(self.folder)
                 sync_folder(self.folder.parent)
-
-    def _found(self, restart: bool) -> Header | None:
-        """The header of a folder that is there; None where there is none yet, or nobody asks."""
-        if self.folder.is_symlink() or not self.folder.is_dir():
-            raise StorageError(f"{self.folder}: not a folder of lbq's; move it away")
-        with storage_errors(self.folder):
-            present = os.listdir(self.folder)
-        foreign = [name for name in present if not FILES.fullmatch(name.removesuffix(".part")) and HEADER not in name]
-        if foreign:
-            raise StorageError(f"{self.folder}: holds {foreign[0]!r}, which lbq did not write; move it away")
-        if restart or (HEADER not in present and not any(map(FILES.fullmatch, present))):
-            return None
-        try:
-            return json_file.read(self.folder / HEADER, Header)
-        except (DataError, StorageError) as error:
-            raise DataError(f"{error}; --restart drops this work") from None
-
-    def _check(self, found: Header, header: Header) -> None:
-        differences = list(_differences(found, header))
-        if differences:
-            raise UsageError(
-                f"{self.folder}: unfinished work of another conversion: {'; '.join(differences[:3])}; "
-                "repeat that command to finish it, choose another output, or drop it with --restart"
-            )
 
     def path(self, kind: str, number: int) -> Path:
         """Where ``kind`` (block, reference, quantized) of block ``number`` is, or will be."""
@@ -180,24 +150,6 @@ class Work:
             )
         return packed
 
-    def sync(self) -> None:
-        """Make names durable."""
-        with storage_errors(self.folder):
-            sync_folder(self.folder)
-
-    def nbytes(self) -> int:
-        """Bytes of finished files."""
-        total = 0
-        for path in self.folder.glob("*.safetensors"):
-            with suppress(FileNotFoundError):  # who holds the lock may be at work
-                total += path.stat().st_size
-        return total
-
-    def remove(self) -> None:
-        """Remove the folder."""
-        with storage_errors(self.folder):
-            shutil.rmtree(self.folder)
-
 
 def _differences(found: Header, header: Header) -> Iterator[str]:
     """What differs, in words, the most telling first."""
@@ -213,20 +165,13 @@ def _differences(found: Header, header: Header) -> Iterator[str]:
             if was != is_:
                 what = {"tokens": "tokens a sample", "sha256": "text (sha256)", "tokens_sha256": "tokens (sha256)"}
                 yield f"calibration {what.get(field, field)} {_short(was)}, now {_short(is_)}"
-    for field in ("iterations", "batch", "seed", "device", "products"):
+    if found.device != header.device:
+        yield f"device {found.device}, now {header.device}"
+    for field in ("iterations", "batch", "seed", "products"):
         if getattr(then, field) != getattr(now, field):
             yield f"{field} {getattr(then, field)}, now {getattr(now, field)}"
-    for name in sorted(found.layers.keys() | header.layers.keys()):
-        if found.layers.get(name) != header.layers.get(name):
-            yield f"{name} {_scheme(found.layers.get(name))}, now {_scheme(header.layers.get(name))}"
-            break
-    for tool in sorted(found.tools.keys() | header.tools.keys()):
-        if found.tools.get(tool) != header.tools.get(tool):
-            yield f"{tool} {found.tools.get(tool)}, now {header.tools.get(tool)}"
-
-
-def _scheme(layer: tuple[int, int, int] | None) -> str:
-    return "BF16" if layer is None else f"INT{layer[0]} in groups of {layer[2]}"
+    yield from layer_differences(found.layers, header.layers)
+    yield from tool_differences(found.tools, header.tools)
 
 
 def _short(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 from lbq.evaluation.mixed import freedom
 from lbq.evaluation.report import Kind, Measurement, ReportRequest
 from lbq.evaluation.stream import OnProgress
-from lbq.evaluation.study import Study, UnitMeasurement, saved
+from lbq.evaluation.study import SavedUnits, Study, UnitMeasurement, Units
 from lbq.formats.errors import UsageError
 from lbq.formats.quality import Quality
 from lbq.hub.client import OnNote, quiet
@@ -23,6 +23,7 @@ from lbq.quantizer.prepare import Prepared, placed, prepare
 from lbq.quantizer.request import SHARD_BYTES, Request, make_request
 from lbq.quantizer.source import resolve
 from lbq.quantizer.writing import OnProgress as OnTensor
+from lbq.runtime.devices import device_errors
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 
@@ -107,23 +108,27 @@ class Job:
     overwrite: bool
     restart: bool = False
     measurement: Measurement | None = None
+    units: Units | None = None
     study: Study | None = None
 
-    def studied(self, on_units: OnProgress | None = None) -> Job:
-        """The job with all that a full report has of single units, and the bits that were chosen from it.
+    def studied(self, on_units: OnProgress | None = None, on_note: OnNote = quiet) -> Job:
+        """The job with all that a full report has of single units, and the bits that were chosen from it; ``on_note``
+        hears of what differs from the order with these bits. The same job where nobody asked for that.
 
         Raises UsageError for a size that cannot be had, DataError for broken weights, DeviceError.
         """
-        free, order = freedom(self.prepared), self.order
-        if order.target_bpw is not None:
-            free.check(order.target_bpw)
-        if order.sensitivity is not None:
-            study = saved(free, order.sensitivity)
-        else:
-            assert self.measurement is not None
-            study = UnitMeasurement(free, self.measurement.device, order.calib).measure(on_units)
-        if order.target_bpw is not None:
-            study = study.choose(order.target_bpw)
+        if self.units is None:
+            return self
+        free, target_bpw = freedom(self.prepared), self.order.target_bpw
+        if target_bpw is not None:
+            free.check(target_bpw)
+        study = self.units.study(free, on_units)
+        if target_bpw is None:
+            return replace(self, study=study)
+        study = study.choose(target_bpw)
+        for line in study.prepared.plan.notes:
+            if line not in study.prepared.first_notes:
+                on_note(line)
         return replace(self, prepared=study.prepared, study=study)
 
     def run(
@@ -133,6 +138,7 @@ class Job:
         on_progress: OnTensor | None = None,
         on_fetch: OnFetch | None = None,
         on_measured: OnProgress | None = None,
+        on_note: OnNote = quiet,
     ) -> Conversion:
         """Convert and measure; errors as :func:`convert`."""
 
@@ -141,18 +147,20 @@ class Job:
             quality = self.measurement.measure(folder, on_measured)
             return quality if self.study is None else self.study.added_to(quality)
 
-        return write_artifact(
-            self.prepared,
-            self.target,
-            overwrite=self.overwrite,
-            device=self.device,
-            measure=measure if self.measurement else None,
-            page=render if self.measurement else None,
-            restart=self.restart,
-            on_progress=on_progress,
-            on_tuned=on_tuned,
-            on_fetch=on_fetch,
-        )
+        with device_errors("free memory, or convert with --device cpu"):
+            return write_artifact(
+                self.prepared,
+                self.target,
+                overwrite=self.overwrite,
+                device=self.device,
+                measure=measure if self.measurement else None,
+                page=render if self.measurement else None,
+                restart=self.restart,
+                on_progress=on_progress,
+                on_tuned=on_tuned,
+                on_fetch=on_fetch,
+                on_note=on_note,
+            )
 
 
 def decide(
@@ -179,23 +187,40 @@ def decide(
         check_output(model, out, overwrite=overwrite)
     prepared = prepare(resolve(model, revision, on_note, weights=False), order.request, dry_run=dry_run)
     target = out or Path(prepared.default_name(order.target_bpw))
-    for line in prepared.plan.notes:
+    known = _notes(prepared, order)
+    for line in known:
         on_note(line)
     if dry_run:
-        return Job(order, prepared, target, device, overwrite)
+        return Job(order, prepared, target, device, overwrite, units=_units(prepared, order, None))
     check_output(model, target, overwrite=overwrite)
     measurement = None if order.report.kind == "weights" else Measurement(order.report, prepared, device)
     if measurement is not None and measurement.device.note:
         on_note(measurement.device.note)
-    if order.target_bpw is not None:
-        freedom(prepared).check(order.target_bpw)
+    units = _units(prepared, order, measurement)
     measures = f"--report {order.report.kind}" if order.target_bpw is None else "--target-bpw"
     rereads = None if measurement is None else measures
     there = placed(prepared, target, stream=stream, restart=restart, rereads=rereads, on_note=on_note)
-    for line in there.plan.notes:
-        if line not in prepared.plan.notes:  # weights can say more than headers
+    for line in _notes(there, order):
+        if line not in known:  # weights can say more than headers
             on_note(line)
-    return Job(order, there, target, device, overwrite, restart, measurement)
+    return Job(order, there, target, device, overwrite, restart, measurement, units)
+
+
+def _notes(prepared: Prepared, order: Order) -> tuple[str, ...]:
+    """What there is to say: with a target only what no choice of bits changes, see :meth:`Job.studied`."""
+    return prepared.plan.notes if order.target_bpw is None else prepared.first_notes
+
+
+def _units(prepared: Prepared, order: Order, measurement: Measurement | None) -> Units | None:
+    """Where a full report's units come from; what is wrong with the target and with these is raised."""
+    if order.report.kind != "full":
+        return None
+    free = freedom(prepared)
+    if order.target_bpw is not None:
+        free.check(order.target_bpw)
+    if order.sensitivity is not None:
+        return SavedUnits(free, order.sensitivity)
+    return None if measurement is None else UnitMeasurement(prepared, measurement.device, order.calib)
 
 
 def convert(
@@ -285,6 +310,7 @@ def convert(
         restart=restart,
         on_note=on_note,
     )
-    if order.report.kind == "full":
-        job = job.studied(on_units)
-    return job.run(on_tuned=on_tuned, on_progress=on_progress, on_fetch=on_fetch, on_measured=on_measured)
+    job = job.studied(on_units, on_note)
+    return job.run(
+        on_tuned=on_tuned, on_progress=on_progress, on_fetch=on_fetch, on_measured=on_measured, on_note=on_note
+    )

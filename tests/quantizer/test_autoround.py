@@ -22,7 +22,7 @@ from lbq.formats.packing import PackedWeight
 from lbq.formats.safetensors_file import open_checkpoint
 from lbq.quantizer import rtn
 from lbq.quantizer.autoround import tuner
-from lbq.quantizer.autoround.blocks import Blocks
+from lbq.quantizer.autoround.blocks import Block, Blocks
 from lbq.quantizer.autoround.run import Progress
 from lbq.quantizer.convert import Conversion
 from lbq.quantizer.families import read_spec
@@ -218,6 +218,20 @@ def test_small_groups_are_not_zeroed(
         assert torch.equal(other, recorded[module][0][4:, 32:])
 
 
+def test_a_gpu_that_fails(
+    checkpoints: Mapping[str, Path], lbq: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access\nwas encountered")
+
+    monkeypatch.setattr(tuner, "_quantize_block", fail)
+    small = ("--iters", "2", "--nsamples", "4", "--seqlen", "16", "--batch-size", "2", "--calib", text, "--gs", "32")
+    done = lbq("convert", checkpoints["llama"], "--method", "autoround", *small, "--out", tmp_path / "out")
+    assert done.code == 7
+    assert "lbq: error: the GPU fails: AcceleratorError: CUDA error: an illegal memory access was" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 EDGES: dict[str, Callable[[torch.Tensor], object]] = {
     "zeros": lambda weight: weight.zero_(),
     "constant": lambda weight: weight.fill_(0.25),
@@ -240,6 +254,25 @@ def test_odd_weights(edge: str, make_checkpoint: Callable[..., Path], tune: Call
         steps = (packed.dequantize() - weight).abs() / packed.scales.float().abs().repeat_interleave(32, dim=1)
         assert float(steps.max()) <= 2.1  # a weight at the far end of a group may be clamped
         assert bool((packed.dequantize()[weight == 0] == 0).all()) or edge != "zeros"
+
+
+@pytest.mark.parametrize("value", [0.3, float("nan"), 1e6])
+def test_what_is_not_codes_times_scales(
+    value: float, checkpoints: Mapping[str, Path], tune: Callable[..., Conversion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's weights decide what auto-round makes: it is an error of the data and no bug."""
+    quantize = tuner._quantize_block
+
+    def spoil(block: Block, *arguments: Any) -> None:
+        quantize(block, *arguments)
+        linear = block.linear("model.layers.0.mlp.up_proj")
+        linear.weight.data[3, 5] = value * linear.scale.flatten()[0].float()
+
+    monkeypatch.setattr(tuner, "_quantize_block", spoil)
+    with pytest.raises(
+        DataError, match=r"^model\.layers\.0\.mlp\.up_proj: what AutoRound made of it is not .*--keep model"
+    ):
+        tune(checkpoints["llama"])
 
 
 def test_sides_that_auto_round_leaves_alone(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +21,11 @@ import torch
 from lbq.conversion import convert
 from lbq.formats.errors import BusyError, DataError, LbqError, StorageError, UsageError
 from lbq.formats.staging import StagedFolder
+from lbq.quantizer import methods
 from lbq.quantizer.autoround.run import Progress
+from lbq.quantizer.autoround.work import Work
 from lbq.quantizer.convert import Conversion
 from lbq.quantizer.quiet import quiet
-
-HARNESS = Path(__file__).with_name("autoround_harness.py")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,18 +94,6 @@ def tune(source: Path, text: Path, tmp_path: Path) -> Tune:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_killed_at_random(make_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    command = [sys.executable, HARNESS, make_checkpoint(), text, folder, "6"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    kills, resumed = map(int, done.stdout.split())
-    print(kills, resumed)
-    assert kills >= 8
-    assert resumed >= 4
 
 
 def test_goes_on_where_it_stopped(tune: Tune) -> None:
@@ -184,6 +174,71 @@ def test_refuses_to_go_on(
     assert os.listdir(tune.target.parent) == ["out"]
 
 
+def test_refuses_to_go_on_elsewhere(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds of GPU need not add up alike."""
+    monkeypatch.setattr(methods, "device_name", lambda _: "NVIDIA H200")
+    tune.stop(1)
+    monkeypatch.setattr(methods, "device_name", lambda _: "NVIDIA A100")
+    with pytest.raises(UsageError, match="another conversion: device NVIDIA H200, now NVIDIA A100; repeat"):
+        tune()
+
+
+def test_work_of_an_older_lbq(tune: Tune) -> None:
+    tune.stop(1)
+    path = tune.work / "work.json"
+    header = json.loads(path.read_text())
+    del header["device"]
+    path.write_text(json.dumps(header | {"work_format": 1}))
+    with pytest.raises(UsageError, match="another conversion: work of format 1, this lbq has 2;"):
+        tune()
+
+
+def test_a_removal_that_was_cut(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it is not taken for work to go on with, and the artifact stands."""
+    rmtree = shutil.rmtree
+
+    def cut(path: Path, **options: Any) -> None:
+        if path == tune.work:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", cut)
+    notes: list[str] = []
+    whole = content(tune(on_note=notes.append).path)
+    assert len(notes) == 1
+    assert re.search(r"\.out\.work: Permission denied; the artifact is whole, .* remove it$", notes[0])
+    left = os.listdir(tune.work)
+    assert left
+    assert "work.json" not in left
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    again = tune(overwrite=True, on_note=notes.append)
+    assert tune.told[0].finished == 0
+    assert content(again.path) == whole
+    assert len(notes) == 1
+    assert os.listdir(tune.target.parent) == ["out"]
+
+
+def test_a_conversion_of_another_kind_names_work(tune: Tune, lbq: Callable[..., Any]) -> None:
+    tune.stop(1)
+    before = content(tune.work)
+    done = lbq("convert", tune.source, "--gs", "32", "--out", tune.target)
+    assert done.code == 0
+    assert re.search(r"note: \S+/\.out\.work: unfinished work of another conversion, \d+ bytes, which this", done.err)
+    assert content(tune.work) == before
+
+
+def test_hidden_states_do_not_stay_in_memory(tmp_path: Path) -> None:
+    work = Work(tmp_path / "out")
+    work.folder.mkdir()
+    states = torch.randn(8, 256, 1024)
+    work.write_states("quantized", 3, tuple(states.shape), states.split(2))
+    path, found = work.path("quantized", 3), work.states("quantized", 3)
+    for read in (lambda: list(found.batches(3)), lambda: [found[number] for number in range(len(found))]):
+        assert torch.equal(torch.cat([part.float() for part in read()]), states.bfloat16().float())
+        maps = Path("/proc/self/smaps").read_text().partition(str(path))[2]
+        assert int(re.search(r"Rss:\s+(\d+) kB", maps)[1]) < 64  # of 4096
+
+
 def test_two_converters(tune: Tune) -> None:
     tune.stop(1)
     before = content(tune.work)
@@ -213,7 +268,6 @@ def test_a_work_folder_that_is_not_ours(kind: str, tune: Tune, tmp_path: Path) -
     ("name", "damage", "error"),
     [
         ("work.json", b"{", DataError),
-        ("work.json", None, DataError),
         ("block-00000.safetensors", None, DataError),
         ("block-00000.safetensors", b"1234", DataError),
         ("quantized-00002.safetensors", None, DataError),

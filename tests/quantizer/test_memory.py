@@ -40,7 +40,6 @@ bound = bind(QuantizedOnLoad(prepared, torch.device("cpu")), CpuDevice(exact=Fal
 print(before, peak(), bound.resident_bytes)
 """
 TUNE = """
-from pathlib import Path
 import lbq.quantizer.autoround.run
 from lbq.quantizer.autoround.settings import make_tuning
 from lbq.quantizer.quiet import quiet
@@ -48,8 +47,8 @@ with quiet():
     import auto_round, transformers.models.llama.modeling_llama
 before = peak()
 tuning = make_tuning("autoround", iters=1, nsamples=8, seqlen=64, batch_size=4, calib=sys.argv[3])
-prepared = conversion.prepare(resolve(sys.argv[1]), make_request(4, 128, tuning=tuning))
-conversion.write_artifact(prepared, Path(sys.argv[2]), device="cpu")
+prepared = prepare(resolve(sys.argv[1]), make_request(4, 128, tuning=tuning))
+write_artifact(prepared, Path(sys.argv[2]), device="cpu")
 print(before, peak(), prepared.peak_bytes)
 """
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ NAME = "user/model"
 SHARDS = 4
 FIRST = 16 << 10  # more than any header has, less than any shard
 OPTIONS: dict[str, Any] = {"group": 32, "max_shard_bytes": 30_000, "device": "cpu"}
-HARNESS = Path(__file__).with_name("stream_harness.py")
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +214,41 @@ def test_another_request_does_not_go_on(source: Path, hub: Hub, out: Path) -> No
     assert os.listdir(out.parent) == ["out"]
 
 
+def test_a_removal_that_was_cut(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The artifact stands; what is left is not taken for work to go on with."""
+    del source
+    rmtree, notes = shutil.rmtree, list[str]()
+
+    def cut(path: Path, **options: Any) -> None:
+        if path == out.with_name(".out.stream"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", cut)
+    convert(NAME, out, stream=True, on_note=notes.append, **OPTIONS)
+    assert "the artifact is whole" in notes[0]
+    left = os.listdir(out.with_name(".out.stream"))
+    assert left
+    assert "stream.json" not in left
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    convert(NAME, out, stream=True, overwrite=True, on_note=notes.append, **{**OPTIONS, "bits": 3})
+    assert len(notes) == 1
+    assert os.listdir(out.parent) == ["out"]
+
+
+def test_from_the_cache_after_a_failure(source: Path, hub: Hub, out: Path) -> None:
+    """Work that another conversion leaves as it is is named."""
+    del source
+    hub.fail("GET", r"/blob/.*/model-", 500, times=100, skip=SHARDS + 2)
+    with pytest.raises(RemoteError):
+        convert(NAME, out, stream=True, **OPTIONS)
+    hub.heal()
+    notes: list[str] = []
+    convert(NAME, out, stream=False, on_note=notes.append, **OPTIONS)
+    assert [".out.stream: unfinished work of another conversion" in note for note in notes] == [True]
+    assert sorted(os.listdir(out.parent)) == [".out.stream", "out"]
+
+
 def test_a_folder_that_is_not_lbqs(source: Path, out: Path) -> None:
     del source
     (out.parent / ".out.stream").mkdir()
@@ -332,16 +365,3 @@ def test_what_does_not_go_together(source: Path, out: Path, lbq: Lbq) -> None:
         done = lbq("convert", model, "--gs", "32", "--out", out, *options)
         assert (done.code, message in done.error) == (2, True), done
     assert os.listdir(out.parent) == []
-
-
-def test_killed_at_many_writes(source: Path, hub: Hub, tmp_path: Path) -> None:
-    del source
-    work = tmp_path / "work"
-    work.mkdir()
-    done = subprocess.run(
-        [sys.executable, HARNESS, NAME, work], capture_output=True, text=True, check=False, env={**os.environ}
-    )
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    assert int(done.stdout) > 60
-    assert hub.requests

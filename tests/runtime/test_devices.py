@@ -96,6 +96,11 @@ def test_failures_of_a_device(error, message):
     assert "\n" not in str(caught.value)
 
 
+def test_what_to_do_where_memory_runs_out():
+    with pytest.raises(DeviceError, match=r"^the GPU is out of memory: buy some$"), device_errors("buy some"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), UsageError("no"), KeyboardInterrupt()])
 def test_other_errors_pass(error):
     with pytest.raises(type(error)) as caught, device_errors():

@@ -86,9 +86,8 @@ def convert(
         restart=restart,
         on_note=note,
     )
-    if order.report.kind == "full" and (order.target_bpw is not None or not dry_run):
-        with steps("Measuring layers") as advance:
-            job = job.studied(advance)
+    with steps("Measuring layers") as advance:
+        job = job.studied(advance, note)
     if dry_run:
         from lbq.planning import forecast
 
@@ -97,7 +96,7 @@ def convert(
     try:
         done = _run(job)
     except (KeyboardInterrupt, SystemExit):
-        if unfinished(job.target):
+        if unfinished(job.prepared, job.target):
             click.echo("lbq: what is finished is kept; the same command goes on with it", err=True)
         raise
     _print_result(done, model, as_json)
@@ -111,7 +110,7 @@ def _run(job: Job) -> Conversion:
         progress("Converting", len(prepared.plan.steps), prepared.source_bytes) as bar,
         steps("Measuring") as measured,
     ):
-        return job.run(on_tuned=tuned, on_progress=bar.advance, on_fetch=bar.waits, on_measured=measured)
+        return job.run(on_tuned=tuned, on_progress=bar.advance, on_fetch=bar.waits, on_measured=measured, on_note=note)
 
 
 def _print_result(done: Conversion, model: str, as_json: bool) -> None:

@@ -60,7 +60,9 @@ def import_(
         for line in prepared.plan.notes:
             note(line)
         with progress("Importing", len(prepared.plan.steps), prepared.source_bytes) as bar:
-            done = write_artifact(prepared, target, overwrite=overwrite, device="cpu", on_progress=bar.advance)
+            done = write_artifact(
+                prepared, target, overwrite=overwrite, device="cpu", on_progress=bar.advance, on_note=note
+            )
     _print_result(done, as_json)
 
 

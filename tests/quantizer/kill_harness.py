@@ -1,15 +1,18 @@
-"""Run by test_autoround_resume.py in a process of its own, because it forks and kills.
+"""Run in a process of its own, because it forks and kills.
 
-    autoround_harness.py SOURCE TEXT FOLDER ROUNDS    kill a conversion at a random call that changes files, and again
-                                                      while it goes on, until it is done; so many times
+    kill_harness.py SOURCE FOLDER ROUNDS OPTIONS    kill a conversion with OPTIONS (JSON) at a random call that changes
+                                                    files, and again while it goes on, MOST times unless it is done
+                                                    before, and let it finish; so many rounds
 
-Prints how often it was killed, and how often a later run found finished blocks.
+SOURCE is a folder or, where the Hub is in another process, an id. Prints how often it was killed, and how often a later
+run found something finished.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import os
 import random
 import shutil
@@ -17,6 +20,7 @@ import signal
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -33,36 +37,43 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+MOST = 4
 staging = load(Path(__file__).parents[1] / "formats" / "staging_harness.py")
 
 
-def work(source: Path, text: Path, target: Path) -> None:
-    options = {"iters": 2, "nsamples": 3, "seqlen": 12, "batch_size": 2, "calib": str(text)}
-    convert(source, target, method="autoround", group=32, device="cpu", **options)
+def finished(folder: Path) -> int:
+    """What a killed run has left to go on with: blocks, or files of the source that were used up."""
+    journal = folder / ".artifact.stream" / "stream.json"
+    blocks = len(list((folder / ".artifact.work").glob("block-*.safetensors")))
+    return blocks + (len(json.loads(journal.read_text())["sources"]) if journal.exists() else 0)
 
 
-def kill_at_random(source: Path, text: Path, folder: Path, rounds: int) -> tuple[int, int]:
-    target, beside = folder / "artifact", folder / ".artifact.work"
+def kill_at_random(source: str, folder: Path, rounds: int, options: dict[str, Any]) -> tuple[int, int]:
+    target = folder / "artifact"
+
+    def work() -> None:
+        convert(source, target, group=32, device="cpu", **options)
+
     counted = staging.Points(-1)
 
     def count() -> None:
         counted.install()
-        work(source, text, target)
+        work()
         (folder / "points").write_text(str(counted.seen))
 
     assert staging.in_child(count) == 0
     points = int((folder / "points").read_text())
-    whole, before = staging.state(target), staging.state(source)
+    whole, before = staging.state(target), staging.state(Path(source))
     draw, kills, resumed = random.Random(11), 0, 0
     for number in range(rounds):
         shutil.rmtree(target)
-        while True:
-            point = draw.randrange(1, points + 1)
-            found = len(list(beside.glob("block-*.safetensors"))) if beside.is_dir() else 0
+        for attempt in range(MOST + 1):
+            point = draw.randrange(1, points + 1) if attempt < MOST else 0
+            found = finished(folder)
 
             def killed(point: int = point) -> None:
                 staging.Points(point).install()
-                work(source, text, target)
+                work()
 
             status = staging.in_child(killed)
             resumed += found > 0
@@ -76,15 +87,17 @@ def kill_at_random(source: Path, text: Path, folder: Path, rounds: int) -> tuple
                 shutil.rmtree(target)
         assert after == whole, f"round {number}: the result differs"
         assert staging.litter(folder) == [], f"round {number}: litter"
-        assert staging.state(source) == before, "the source was touched"
+        assert staging.state(Path(source)) == before, "the source was touched"
     return kills, resumed
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.fsync = lambda _: None  # what the kernel has survives a kill
-    with quiet():
-        import auto_round  # noqa: F401
-    gc.collect()
-    gc.freeze()
-    print(*kill_at_random(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])))
+    options = json.loads(sys.argv[4])
+    if options.get("method") == "autoround":  # for all children at once; it collects garbage several times a block
+        with quiet():
+            import auto_round  # noqa: F401
+        gc.collect()
+        gc.freeze()
+    print(*kill_at_random(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), options))
