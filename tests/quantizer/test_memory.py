@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_stub import Hub
 
 from lbq.formats.safetensors_writer import ShardWriter, TensorPlan, index_json, plan_shards, shard_names
 from lbq.quantizer.families import read_spec
@@ -39,6 +40,13 @@ prepared = prepare(resolve(sys.argv[1]), make_request(4, 128))
 bound = bind(QuantizedOnLoad(prepared, torch.device("cpu")), CpuDevice(exact=False))
 print(before, peak(), bound.resident_bytes)
 """
+STREAM = """
+import huggingface_hub, lbq.hub.client
+from lbq.conversion import convert
+before = peak()
+done = convert(sys.argv[1], sys.argv[2], device="cpu", stream=True)
+print(before, peak(), done.manifest.summary.weights)
+"""
 TUNE = """
 import lbq.quantizer.autoround.run
 from lbq.quantizer.autoround.settings import make_tuning
@@ -53,7 +61,7 @@ print(before, peak(), prepared.peak_bytes)
 """
 
 
-def synthetic(folder: Path, *, hidden: int, width: int, layers: int, vocab: int) -> int:
+def synthetic(folder: Path, *, hidden: int, width: int, layers: int, vocab: int, shard: int = 2_000_000_000) -> int:
     """A Llama of these sizes, its weights the same random block again and again. Returns the bytes of its tensors."""
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -73,10 +81,10 @@ def synthetic(folder: Path, *, hidden: int, width: int, layers: int, vocab: int)
     shapes |= {f"{name}.weight": (size,) for name, size in spec.norms()} | {f"{spec.embedding}.weight": (vocab, hidden)}
     plans = [TensorPlan(name, torch.bfloat16, shape) for name, shape in shapes.items()]
     block = torch.randn(max(torch.Size(plan.shape).numel() for plan in plans)).bfloat16()
-    shards = plan_shards(plans, 2_000_000_000)
-    for file, shard in zip(shard_names(len(shards)), shards, strict=True):
-        with ShardWriter(folder / file, shard) as writer:
-            for plan in shard:
+    shards = plan_shards(plans, shard)
+    for file, part in zip(shard_names(len(shards)), shards, strict=True):
+        with ShardWriter(folder / file, part) as writer:
+            for plan in part:
                 writer.write(plan.name, block[: torch.Size(plan.shape).numel()].view(plan.shape))
             writer.finish()
     if len(shards) > 1:
@@ -84,7 +92,7 @@ def synthetic(folder: Path, *, hidden: int, width: int, layers: int, vocab: int)
     return sum(plan.nbytes for plan in plans)
 
 
-def measured(program: str, *arguments: Path) -> tuple[int, int, int]:
+def measured(program: str, *arguments: Path | str) -> tuple[int, int, int]:
     """Peak resident bytes of a process before it begins and at its end, and the program's own number."""
     command = [sys.executable, "-c", PEAK + program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -103,6 +111,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     before, after, resident = measured(LOAD, tmp_path / "source")
     assert resident < 0.35 * nbytes
     assert after - before < resident + 120_000_000
+
+
+def test_memory_of_a_conversion_while_downloading(tmp_path: Path, hub: Hub) -> None:
+    nbytes = synthetic(tmp_path / "source", hidden=1024, width=2048, layers=10, vocab=2048, shard=50_000_000)
+    hub.add_folder("user/model", tmp_path / "source")
+    before, after, _ = measured(STREAM, "user/model", tmp_path / "out")
+    assert nbytes > 180_000_000
+    assert after - before < 150_000_000
 
 
 @pytest.mark.slow
