@@ -20,3 +20,8 @@ def size(nbytes: float) -> str:
 def pattern(name: str) -> str:
     """``model.layers.*.mlp.down_proj``: a name with its numbers left out."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 layer``, ``7 layers``"""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

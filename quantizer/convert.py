@@ -180,6 +180,8 @@ def _find_device(name: str) -> torch.device:
 def _weight_files(prepared: Prepared) -> list[Path]:
     """Those that are here: what is streamed is hashed as it comes."""
     folder = prepared.source.folder
+    if prepared.source.file is not None:
+        return [prepared.source.file]
     index = [folder / INDEX] if (folder / INDEX).is_file() else []
     return index + [folder / name for name in sorted(prepared.checkpoint.files) if prepared.source.remote is None]
 

@@ -22,6 +22,7 @@ from lbq.formats.safetensors_file import Checkpoint
 from lbq.formats.safetensors_writer import TensorPlan
 from lbq.formats.scheme import Scheme, effective_group
 from lbq.formats.spec import ModelSpec, Projection
+from lbq.formats.wording import counted
 from lbq.quantizer.request import DEFAULT_GROUP, Request, matches, mixed_scheme
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -130,7 +131,8 @@ def make_plan(
         notes.append("SGLang does not read 3-bit weights")
     if request.tuning is not None and (left := untuned(plan)):
         notes.append(
-            f"{_layers(left)} of sides not divisible by {TUNED_SIDES}: rounded to nearest, AutoRound leaves them"
+            f"{counted(left, 'layer')} of sides not divisible by {TUNED_SIDES}: rounded to nearest, "
+            "AutoRound leaves them"
         )
     if request.strict and notes:
         raise UsageError(f"refused under --strict: {notes[0]}" + (f" (and {len(notes) - 1} more)" if notes[1:] else ""))
@@ -178,7 +180,7 @@ def _decide(
         if projection.bias:
             steps.append(_keep(checkpoint, f"{projection.name}.bias", (projection.out_features,)))
     fallbacks = Counter(_fallback(p, schemes[p.name]) for p in spec.projections())
-    notes.extend(f"{what} ({_layers(count)})" for what, count in fallbacks.items() if what)
+    notes.extend(f"{what} ({counted(count, 'layer')})" for what, count in fallbacks.items() if what)
     steps.extend(_keep(checkpoint, f"{name}.weight", (width,)) for name, width in spec.norms())
     notes.extend(casts(checkpoint, steps))
     return Plan(spec, tuple(sorted(steps, key=layer_order)), tuple(notes))
@@ -263,10 +265,6 @@ def _fallback(projection: Projection, scheme: Scheme | None) -> str | None:
 
 def _units(count: int) -> str:
     return "1 unit" if count == 1 else f"{count} units"
-
-
-def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _keep(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str | None = None) -> Keep:

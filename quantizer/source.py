@@ -45,13 +45,15 @@ WEIGHTS = (SINGLE, "model-*.safetensors")
 class SourceFolder:
     """A checkpoint on disk. ``name`` is what the user called it, or the Hub id; ``label`` is its last component.
 
-    ``remote``: the weights may be on the Hub, and the folder has all else.
+    ``remote``: the weights may be on the Hub, and the folder has all else. ``file``: they are in a GGUF file, and the
+    folder, that of the model which it was made of, has all else.
     """
 
     folder: Path
     name: str
     revision: str | None = None
     remote: Snapshot | None = None
+    file: Path | None = None
 
     @property
     def label(self) -> str:

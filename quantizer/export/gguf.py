@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ from lbq.formats.disk import storage_errors
 from lbq.formats.errors import UsageError
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.packing import PackedWeight
-from lbq.formats.spec import Llama3Scaling, ModelSpec
+from lbq.formats.spec import Llama3Scaling
 from lbq.formats.staging import StagedFolder
 from lbq.formats.tokenizer_file import TOKENIZER
 from lbq.quantizer.export.gguf_tokenizer import tokenizer_of
 from lbq.quantizer.export.layouts import SCALES
 from lbq.quantizer.export.plan import Layers, check_scales
+from lbq.quantizer.foreign.gguf import rope_factors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -93,8 +95,7 @@ def write_gguf(
 
     path = stage.path(name)
     part = path.with_name(f"{name}.part")
-    with storage_errors(path):
-        writer = GGUFWriter(part, _architecture(artifact))
+    with storage_errors(path), closing(GGUFWriter(part, _architecture(artifact))) as writer:
         _write_metadata(writer, artifact)
         tokenizer = tokenizer_of(artifact)
         if tokenizer is not None:
@@ -103,7 +104,7 @@ def write_gguf(
             writer.add_tokenizer_model("none")
             writer.add_vocab_size(artifact.spec.vocab_size)
         _write_tensors(writer, artifact, entries, on_progress)
-        writer.close()
+    with storage_errors(path):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.rename(part, path)
@@ -173,18 +174,6 @@ def _write_metadata(writer: GGUFWriter, artifact: Artifact) -> None:
         writer.add_rope_scaling_factor(mixer.rope.scaling.factor)
 
 
-def _rope_factors(spec: ModelSpec) -> torch.Tensor | None:
-    """What llama.cpp divides the frequencies by: float32 [dims/2], for Llama 3.1's stretch."""
-    rope = spec.layer_kinds[0].mixer.rope
-    scaling = rope.scaling
-    if not isinstance(scaling, Llama3Scaling):
-        return None
-    lengths = 2 * torch.pi * rope.theta ** (torch.arange(0, rope.dims, 2, dtype=torch.float64) / rope.dims)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = ((scaling.original_context / lengths - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / scaling.factor + smooth)).float()
-
-
 def _write_tensors(
     writer: GGUFWriter, artifact: Artifact, entries: Mapping[str, QuantizedModule], on_progress: OnProgress
 ) -> None:
@@ -192,7 +181,7 @@ def _write_tensors(
     from gguf import GGMLQuantizationType as Kind
 
     kinds = {8: (Kind.Q8_0, 34), 4: (Kind.Q4_0, 18)}
-    factors = _rope_factors(artifact.spec)
+    factors = rope_factors(artifact.spec.layer_kinds[0].mixer.rope)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes, Kind.F32)
     for name, entry in entries.items():

@@ -12,6 +12,7 @@ from lbq.formats.errors import UsageError
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.readers import Fit, fast_group, sglang_fit, vllm_fit
 from lbq.formats.scheme import Scheme
+from lbq.formats.wording import counted
 from lbq.quantizer.export.layouts import SCALES, Awq, Layout
 
 HEAD_WHOLE = "the head is stored as bfloat16, rounded from what its codes stand for: "
@@ -45,7 +46,9 @@ def for_reader(artifact: Artifact, reader: str) -> Layers:
             raise UsageError(f"{artifact.folder}: {reader} cannot run {name} (INT{entry.bits}): {fit.text}")
         elif not fit.fast:
             slow.append(fit.text)
-    notes += [f"{reader} has no fast kernel: {text} ({slow.count(text)} units)" for text in dict.fromkeys(slow)]
+    notes += [
+        f"{reader} has no fast kernel: {text} ({counted(slow.count(text), 'unit')})" for text in dict.fromkeys(slow)
+    ]
     return Layers(entries, whole, tuple(notes))
 
 
@@ -88,7 +91,8 @@ def check_scales(artifact: Artifact, entries: Mapping[str, QuantizedModule]) -> 
             worst = max(worst, float((half - scales).abs().max()) * (1 << (packed.bits - 1)))
     if not lost:
         return []
-    return [f"{lost} scales of {layers} layers are rounded to float16: a weight changes by at most {worst:.1e}"]
+    what = "1 scale is" if lost == 1 else f"{lost} scales of {counted(layers, 'layer')} are"
+    return [f"{what} rounded to float16: a weight changes by at most {worst:.1e}"]
 
 
 def _regrouped(entry: QuantizedModule) -> QuantizedModule:

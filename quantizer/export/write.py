@@ -82,6 +82,7 @@ def export(
     out: Path | str | None = None,
     *,
     strict: bool = False,
+    overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Exported:
     """Write the artifact in the folder ``artifact`` for another tool, one of ``TARGETS``, by default to ``./NAME-TO``.
@@ -91,7 +92,8 @@ def export(
     """
     with open_artifact(artifact) as opened:
         prepared = prepare_export(opened, to, strict=strict)
-        return write_export(prepared, Path(out) if out else Path(prepared.default_name), on_progress)
+        target = Path(out) if out else Path(prepared.default_name)
+        return write_export(prepared, target, on_progress, overwrite=overwrite)
 
 
 def prepare_export(artifact: Artifact, to: str, *, strict: bool = False) -> Export:
@@ -108,13 +110,15 @@ def prepare_export(artifact: Artifact, to: str, *, strict: bool = False) -> Expo
     return Export(artifact, to, layers)
 
 
-def write_export(prepared: Export, out: Path, on_progress: OnProgress | None = None) -> Exported:
-    """Write into the folder ``out``, which must not be there and appears whole or not at all. Raises what
-    :class:`StagedFolder` raises, and StorageError for the disk."""
+def write_export(
+    prepared: Export, out: Path, on_progress: OnProgress | None = None, *, overwrite: bool = False
+) -> Exported:
+    """Write into the folder ``out``, which appears whole or not at all, with ``overwrite`` in the place of an artifact.
+    Raises what :class:`StagedFolder` raises, and StorageError for the disk."""
     artifact, progress = prepared.artifact, on_progress or _quiet
-    check_target(out, artifact.folder)
+    check_target(out, artifact.folder, overwrite=overwrite)
     require_space(out, prepared.nbytes + SPARE_BYTES)
-    with StagedFolder(out, source=artifact.folder) as stage:
+    with StagedFolder(out, overwrite=overwrite, source=artifact.folder) as stage:
         if prepared.to == GGUF:
             write_gguf(artifact, prepared.layers.entries, stage, f"{artifact.folder.resolve().name}.gguf", progress)
         else:

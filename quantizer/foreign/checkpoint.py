@@ -136,8 +136,8 @@ class ForeignCheckpoint:
 
 
 def open_foreign(source: SourceFolder) -> ForeignCheckpoint:
-    """Open a checkpoint, quantised by another tool or not at all, or a GGUF file; reads its config and headers, and
-    zero points where labels are known to lie.
+    """Open a checkpoint, quantised by another tool or not at all, or a GGUF file, by itself or beside the folder of the
+    model that it was made of; reads its config and headers, and zero points where labels are known to lie.
 
     Raises DataError for a method or a setting that lbq does not read and for headers that do not fit, StorageError for
     files.
@@ -145,6 +145,8 @@ def open_foreign(source: SourceFolder) -> ForeignCheckpoint:
     if source.folder.is_file():
         return _opened(source, *open_gguf(source.folder))
     adapted, settings = read_quantized(source.folder)
+    if source.file is not None:
+        return _opened(source, *open_gguf(source.file, adapted.spec))
     layout = _layout(settings, f"{source.folder / 'config.json'}: quantization_config") if settings else None
     return _opened(source, adapted.spec, open_checkpoint(source.folder), layout)
 

@@ -88,6 +88,8 @@ class Coded:
             return NoImage(ASYMMETRIC if asymmetric else f"{self.bits} bits")
         if group is None:
             return NoImage(f"groups of {self.group} in {k} inputs")
+        if self.columns is None and self.group % group:
+            return NoImage(f"groups of {self.group}")
         of_group = self._columns().view(-1, group)
         if not bool((of_group == of_group[:, :1]).all()):
             return NoImage("act-order: groups are not of neighbours")

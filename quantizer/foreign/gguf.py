@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import isclose
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ import torch
 from lbq.formats.disk import shown
 from lbq.formats.errors import DataError
 from lbq.formats.safetensors_file import Checkpoint, TensorInfo
-from lbq.formats.spec import ModelSpec
+from lbq.formats.spec import Llama3Scaling, ModelSpec, Rope
 from lbq.quantizer.families import spec_of
 from lbq.quantizer.foreign.coded import Coded
 from lbq.quantizer.foreign.gguf_blocks import BlockType
@@ -40,6 +41,7 @@ LAYER = {
 }
 NAME = re.compile(r"(?:blk\.([0-9]{1,4})\.)?([a-z_]+)\.(weight|bias)")
 MARKER = "blocks"
+ROPE = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,11 @@ class _Model(GgufFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._order: dict[str, torch.Tensor] = {}
-        self.own = {_hf_name(path, name, name in self.header.blocks): name for name in self.header.tensors}  # by ours
         tensors = self.header.tensors
+        stretched = ROPE in tensors and ROPE not in self.header.blocks
+        self.factors = super().tensor(ROPE).float() if stretched else None
+        own = (name for name in tensors if name != ROPE or not stretched)
+        self.own = {_hf_name(path, name, name in self.header.blocks): name for name in own}  # by ours
         self.tensors: Mapping[str, TensorInfo] = {
             name: replace(tensors[own], name=name) for name, own in self.own.items()
         }
@@ -110,16 +115,21 @@ class _Model(GgufFile):
         return tensor if order is None else tensor[order]
 
 
-def open_gguf(path: Path) -> tuple[ModelSpec, Checkpoint, Gguf]:
+def open_gguf(path: Path, original: ModelSpec | None = None) -> tuple[ModelSpec, Checkpoint, Gguf]:
     """The spec, the tensors under the names of a Hugging Face checkpoint, and their layout; reads the header.
 
-    Raises DataError for a file that is broken, an architecture or a setting that lbq does not know, StorageError where
-    it cannot be read.
+    ``original`` is the spec of the model that the file was made of, which then is the spec: it says what the file does
+    not. Raises DataError for a file that is broken, of another model, an architecture or a setting that lbq does not
+    know, StorageError where it cannot be read.
     """
     file = _Model(path)
     try:
         head = any(name.startswith("lm_head.") for name in file.own)
         spec = spec_of(msgspec.json.encode(_config(path, file.header, head)), path)
+        if original is not None:
+            _check_original(path, spec, original)
+            spec = original
+        _check_rope(path, file.factors, spec)
         if _text(path, file.header.metadata, "general.architecture") == "llama":
             mixer = spec.layer(0).mixer
             file.rotate(mixer.heads, mixer.kv_heads)
@@ -132,12 +142,51 @@ def open_gguf(path: Path) -> tuple[ModelSpec, Checkpoint, Gguf]:
         raise
 
 
+def rope_factors(rope: Rope) -> torch.Tensor | None:
+    """What llama.cpp divides the frequencies by, float32 [dims/2], for Llama 3.1's stretch; None for other ropes."""
+    scaling = rope.scaling
+    if not isinstance(scaling, Llama3Scaling):
+        return None
+    lengths = 2 * torch.pi * rope.theta ** (torch.arange(0, rope.dims, 2, dtype=torch.float64) / rope.dims)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = ((scaling.original_context / lengths - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / scaling.factor + smooth)).float()
+
+
+def _check_rope(path: Path, found: torch.Tensor | None, spec: ModelSpec) -> None:
+    wanted = rope_factors(spec.layer(0).mixer.rope)
+    if found is None and wanted is None:
+        return
+    if found is None or wanted is None or found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3):
+        raise DataError(f"{path}: a stretched rope ({ROPE}) that is not the original model's is not supported")
+
+
+def _check_original(path: Path, spec: ModelSpec, original: ModelSpec) -> None:
+    """Raise DataError if the model in a file, of which ``spec`` is known, is not ``original`` by its sizes and rope."""
+
+    def facts(of: ModelSpec) -> dict[str, float]:
+        mixer, mlp = of.layer(0).mixer, of.layer(0).mlp
+        return {
+            "layers": len(of.layers),
+            "hidden size": of.hidden_size,
+            "vocabulary": of.vocab_size,
+            "heads": mixer.heads,
+            "key heads": mixer.kv_heads,
+            "head width": mixer.head_dim,
+            "intermediate size": mlp.down.in_features,
+            "rope theta": mixer.rope.theta,
+            "norm eps": of.norm.eps,
+        }
+
+    for (what, found), wanted in zip(facts(spec).items(), facts(original).values(), strict=True):
+        if not isclose(found, wanted, rel_tol=1e-5):
+            raise DataError(f"{path}: {what} {found:g}, the original model's {wanted:g}: it was made of another model")
+
+
 def _hf_name(path: Path, name: str, quantised: bool) -> str:
     found = NAME.fullmatch(name)
     layer, part, kind = found.groups() if found else (None, "", "")
     module = LAYER.get(part) if layer else TOP.get(part)
-    if name == "rope_freqs.weight":
-        raise DataError(f"{path}: a stretched rope ({name}) in a GGUF file is not supported")
     if module is None:
         raise DataError(f"{path}: tensor {shown(name)} is not one that lbq knows")
     return f"{f'model.layers.{int(layer)}.' if layer else ''}{module}.{MARKER if quantised else kind}"

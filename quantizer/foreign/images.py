@@ -14,7 +14,7 @@ from lbq.formats.manifest import QuantizedModule
 from lbq.formats.packing import BITS, SCALE_DTYPE, PackedWeight, packed_words
 from lbq.formats.scheme import Scheme, effective_group
 from lbq.formats.spec import Projection
-from lbq.formats.wording import pattern
+from lbq.formats.wording import counted, pattern
 from lbq.quantizer import tensors
 from lbq.quantizer.foreign.checkpoint import ForeignCheckpoint
 from lbq.quantizer.foreign.coded import BLOCK, Coded, NoImage, stored_group
@@ -76,7 +76,7 @@ class Images:
         """Raise UsageError if a layer has no image and may not be requantised."""
         if not self._refused or self._requantize:
             return
-        reasons = "; ".join(f"{what} ({_layers(count)})" for what, count in self._refused.most_common())
+        reasons = "; ".join(f"{what} ({counted(count, 'layer')})" for what, count in self._refused.most_common())
         exact = f"--bits {self._wider} holds the same values in more space, " if self._wider else ""
         raise UsageError(
             f"{name}: no exact image in lbq's format: {reasons}; {exact}--requantize makes one that differs, and says "
@@ -86,7 +86,7 @@ class Images:
     @property
     def notes(self) -> tuple[str, ...]:
         """What there is to say, each with its number of layers."""
-        return tuple(f"{what} ({_layers(count)})" for what, count in self._said.items())
+        return tuple(f"{what} ({counted(count, 'layer')})" for what, count in self._said.items())
 
     @property
     def requantized(self) -> int:
@@ -193,7 +193,3 @@ def _obstacle(coded: Coded, bits: int, group: int, *, round_scales: bool = False
     """Why there is no image; None where there is."""
     images = (part.image(bits, group, round_scales=round_scales) for part in _blocks(coded))
     return next((image.reason for image in images if isinstance(image, NoImage)), None)
-
-
-def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"

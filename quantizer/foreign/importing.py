@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from lbq.formats.artifact import DENSE_DTYPE
+from lbq.formats.disk import readable
 from lbq.formats.errors import UsageError
 from lbq.formats.manifest import MANIFEST, Import
 from lbq.formats.safetensors_file import Checkpoint
@@ -64,13 +65,15 @@ def import_checkpoint(
     group: int | Literal["row"] | None = None,
     lm_head: int | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    original: str | Path | None = None,
     revision: str | None = None,
     strict: bool = False,
     overwrite: bool = False,
     on_note: OnNote | None = None,
     on_progress: OnProgress | None = None,
 ) -> Conversion:
-    """Make an artifact of a GPTQ, AWQ, AutoRound, compressed-tensors or MLX checkpoint, a folder or a Hub id.
+    """Make an artifact of a GPTQ, AWQ, AutoRound, compressed-tensors or MLX checkpoint, a folder or a Hub id; or of a
+    GGUF file, whose ``original`` is the model that it was made of.
 
     The arguments are those of ``lbq import``; the default output is ``./NAME-lbq``. Without ``requantize`` every
     quantised weight is the source's. Raises an LbqError of any kind; nothing stands under ``out`` then.
@@ -79,7 +82,7 @@ def import_checkpoint(
     if out is not None:
         check_output(model, Path(out), overwrite=overwrite)
     say = on_note or quiet
-    source = resolve(model, revision, say)
+    source = find_source(model, original, revision, say)
     target = Path(out) if out is not None else default_name(source)
     check_target(target, source.folder, overwrite=overwrite)
     with open_foreign_only(source) as foreign:
@@ -87,6 +90,26 @@ def import_checkpoint(
         for text in prepared.plan.notes:
             say(text)
         return write_artifact(prepared, target, overwrite=overwrite, device="cpu", on_progress=on_progress)
+
+
+def find_source(
+    model: str | Path, original: str | Path | None, revision: str | None, on_note: OnNote = quiet
+) -> SourceFolder:
+    """The checkpoint ``model``, or a GGUF file beside the config and the tokenizer of its ``original``, of which no
+    weights are fetched; ``revision`` is that of the Hub id among them. Raises what :func:`resolve` does, and
+    UsageError."""
+    path = Path(model)
+    if not (path.suffix == ".gguf" and path.is_file()):
+        if original is not None:
+            raise UsageError(f"--original is for GGUF files; {model} is none")
+        return resolve(model, revision, on_note)
+    if original is None:
+        raise UsageError(
+            f"{model}: a GGUF file has no config.json and no tokenizer.json; --original MODEL, a folder or a Hub id, "
+            "says which model it was made of"
+        )
+    found = resolve(original, revision, on_note, weights=False)
+    return SourceFolder(found.folder, readable(path.stem), file=path)
 
 
 def default_name(source: SourceFolder) -> Path:
@@ -97,9 +120,7 @@ def default_name(source: SourceFolder) -> Path:
 def open_foreign_only(source: SourceFolder) -> ForeignCheckpoint:
     """Open what another tool quantised. Raises what :func:`open_foreign` does, and UsageError for what is no such
     checkpoint."""
-    if source.folder.is_file():
-        raise UsageError(f"{source.name}: a file; lbq import takes folders, with config.json and a tokenizer")
-    if (source.folder / MANIFEST).is_file():
+    if source.file is None and (source.folder / MANIFEST).is_file():
         raise UsageError(f"{source.name}: an lbq artifact already; lbq run {source.name}")
     foreign = open_foreign(source)
     if foreign.tool is None:

@@ -51,6 +51,14 @@ def test_inspect_fetches_no_weights(hub: Hub, lbq: Lbq, kept_artifact: Path) -> 
     assert hub.fetched() == ["lbq.json", "report.json"]
 
 
+@pytest.mark.usefixtures("on_hub")
+def test_report_fetches_no_weights(hub: Hub, lbq: Lbq, kept_artifact: Path, tmp_path: Path) -> None:
+    assert lbq("report", NAME, "--out", tmp_path / "a.html").code == 0
+    assert lbq("report", kept_artifact, "--out", tmp_path / "b.html").code == 0
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    assert hub.fetched() == ["lbq.json", "report.json"]
+
+
 def test_a_revision_is_pinned(hub: Hub, lbq: Lbq, on_hub: str) -> None:
     hub.repos[NAME].refs["v1"] = on_hub
     hub.add(NAME, {"README.md": b"moved"})

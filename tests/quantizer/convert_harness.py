@@ -1,6 +1,6 @@
-"""Run by test_convert.py in a process of its own, because it forks and kills.
+"""Run by tests in a process of its own, because it forks and kills.
 
-    convert_harness.py SOURCE FOLDER    kill a conversion of SOURCE at every system call that changes files
+    convert_harness.py SOURCE FOLDER [convert|import|export]    kill such work at every system call that changes files
 
 Prints the number of points that were tried.
 """
@@ -12,12 +12,15 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from lbq.conversion import convert
+from lbq.quantizer.export import export
+from lbq.quantizer.foreign.importing import import_checkpoint
 
 
 def load(path: Path) -> ModuleType:
@@ -32,11 +35,14 @@ def load(path: Path) -> ModuleType:
 staging = load(Path(__file__).parents[1] / "formats" / "staging_harness.py")
 
 
-def work(source: Path, target: Path) -> None:
-    convert(source, target, bits=4, group=32, max_shard_bytes=40_000, device="cpu")
+WORK: dict[str, Callable[[Path, Path], object]] = {
+    "convert": lambda source, out: convert(source, out, bits=4, group=32, max_shard_bytes=40_000, device="cpu"),
+    "import": lambda source, out: import_checkpoint(source, out),
+    "export": lambda source, out: export(source, "vllm", out),
+}
 
 
-def kill_everywhere(source: Path, folder: Path) -> int:
+def kill_everywhere(source: Path, folder: Path, work: Callable[[Path, Path], object]) -> int:
     target = folder / "artifact"
     work(source, target)
     whole = staging.state(target)
@@ -69,4 +75,5 @@ def kill_everywhere(source: Path, folder: Path) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.fsync = lambda _: None  # what the kernel has survives a kill
-    print(kill_everywhere(Path(sys.argv[1]), Path(sys.argv[2])))
+    kind = sys.argv[3] if len(sys.argv) > 3 else "convert"
+    print(kill_everywhere(Path(sys.argv[1]), Path(sys.argv[2]), WORK[kind]))

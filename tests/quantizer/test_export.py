@@ -192,7 +192,7 @@ def test_scales_that_float16_does_not_hold(write_checkpoint: Callable[..., Path]
     near = convert(write_checkpoint(tmp_path / "near", edit=shrink(1e-4)), tmp_path / "a", group=32, device="cpu").path
     done = lbq("export", near, "--to", "gptq", "--out", tmp_path / "gptq")
     assert done.code == 0
-    assert "scales of 1 layers are rounded to float16: a weight changes by at most" in done.err
+    assert "scales of 1 layer are rounded to float16: a weight changes by at most" in done.err
     assert "refused under --strict" in lbq("export", near, "--to", "gptq", "--strict", "--out", tmp_path / "b").error
     far = convert(write_checkpoint(tmp_path / "far", edit=shrink(1e-9)), tmp_path / "c", group=32, device="cpu").path
     for to in ("gptq", "awq", "auto-round", "gguf"):
@@ -235,4 +235,16 @@ def test_faults(made: Callable[..., Path], lbq: Lbq, tmp_path: Path) -> None:
     assert lbq("export", artifact, "--to", "gptq", "--out", artifact).code == 2
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    assert lbq("export", artifact, "--to", "gptq", "--out", tmp_path / "full").code == 4
+    assert lbq("export", artifact, "--to", "gptq", "--out", tmp_path / "full", "--overwrite").code == 4
+
+
+def test_overwriting(made: Callable[..., Path], lbq: Lbq, tmp_path: Path) -> None:
+    """An artifact gives way when asked for, and nothing else does."""
+    artifact, out = made(4, 256), tmp_path / "out"
+    command = ("export", artifact, "--out", out, "--to")
+    assert lbq(*command, "vllm").code == 0
+    done = lbq(*command, "vllm")
+    assert (done.code, "--overwrite to replace it" in done.error) == (4, True)
+    assert lbq(*command, "gptq", "--overwrite").code == 0
+    assert "not an lbq artifact" in lbq(*command, "vllm", "--overwrite").error
+    assert not (out / "lbq.json").exists()

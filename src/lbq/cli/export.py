@@ -18,8 +18,11 @@ TARGETS = ("vllm", "sglang", "gptq", "awq", "auto-round", "gguf")
 @click.option("--out", type=click.Path(path_type=Path), help="A new folder.  [./NAME-TO]")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--strict", is_flag=True, help="Fail where any weight would differ from the artifact's.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def export(artifact: str, to: str, out: Path | None, revision: str | None, strict: bool, as_json: bool) -> None:
+def export(
+    artifact: str, to: str, out: Path | None, revision: str | None, strict: bool, overwrite: bool, as_json: bool
+) -> None:
     """Write ARTIFACT, a folder or a Hub id, as a checkpoint that another tool reads.
 
     vllm and sglang read artifacts as they are; their export has groups that their fast kernels take, and is an artifact
@@ -32,7 +35,7 @@ def export(artifact: str, to: str, out: Path | None, revision: str | None, stric
 
     folder = find_artifact(artifact, revision, on_note=note)
     if out is not None:
-        check_target(out, folder)
+        check_target(out, folder, overwrite=overwrite)
     with open_artifact(folder) as opened:
         prepared = prepare_export(opened, to, strict=strict)
         for line in prepared.layers.notes:
@@ -40,7 +43,7 @@ def export(artifact: str, to: str, out: Path | None, revision: str | None, stric
         label = artifact.rstrip("/").rpartition("/")[2].partition("@")[0]
         target = out or Path(f"{label}-{to}" if label.strip(".") else prepared.default_name)
         with progress("Exporting", len(prepared.steps), prepared.nbytes) as bar:
-            done = write_export(prepared, target, bar.advance)
+            done = write_export(prepared, target, bar.advance, overwrite=overwrite)
     if as_json:
         print_json({"path": readable(done.path), "to": to, "bytes": done.bytes, "notes": done.notes})
     else:

@@ -23,6 +23,7 @@ REQUANTIZE_HELP = "Where there is no exact image: round scales to BF16, or else 
 @click.option("--bits", type=int, help="3, 4 or 8: more than the source's hold the same values.  [the source's]")
 @click.option("--gs", "group", metavar="GROUP", help="Weights that share a scale: 32…512 or row.  [the source's]")
 @click.option("--lm-head", type=int, help="Bits of the output head: 8, 4 or 16.  [as in the source]")
+@click.option("--original", help="Of a GGUF file: the model that it was made of, a folder or a Hub id.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
 @click.option("--strict", is_flag=True, help="Fail where anything would differ from the source.")
@@ -35,24 +36,31 @@ def import_(
     bits: int | None,
     group: str | None,
     lm_head: int | None,
+    original: str | None,
     revision: str | None,
     max_shard_bytes: int,
     strict: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Make an artifact of CHECKPOINT, a folder or a Hub id that GPTQ, AWQ, AutoRound, compressed-tensors or MLX wrote.
+    """Make an artifact of CHECKPOINT, a folder or a Hub id that GPTQ, AWQ, AutoRound, compressed-tensors or MLX wrote,
+    or a GGUF file.
 
     Every weight is the source's, or the reason why it cannot be is said.
     """
     from lbq.quantizer.convert import check_output, write_artifact
-    from lbq.quantizer.foreign.importing import ImportRequest, default_name, open_foreign_only, prepare_import
-    from lbq.quantizer.source import resolve
+    from lbq.quantizer.foreign.importing import (
+        ImportRequest,
+        default_name,
+        find_source,
+        open_foreign_only,
+        prepare_import,
+    )
 
     request = ImportRequest(bits, group, lm_head, requantize, max_shard_bytes, strict)
     if out is not None:
         check_output(checkpoint, out, overwrite=overwrite)
-    source = resolve(checkpoint, revision, note)
+    source = find_source(checkpoint, original, revision, note)
     target = out or default_name(source)
     check_output(checkpoint, target, overwrite=overwrite)
     with open_foreign_only(source) as foreign:

@@ -7,33 +7,39 @@ from pathlib import Path
 
 import click
 
-from lbq.cli.display import print_json, size
+from lbq.cli.display import note, print_json, size
 from lbq.formats.disk import readable
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The page."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def report(artifact: Path, out: Path, as_json: bool) -> None:
-    """Write ARTIFACT's quality report as one page for a browser, from its manifest and report.json.
+def report(artifact: str, revision: str | None, out: Path, as_json: bool) -> None:
+    """Write the quality report of ARTIFACT, a folder or a Hub id, as one page for a browser, from its manifest and
+    report.json; nothing else is fetched.
 
     Without charts of what no text was read for: see lbq convert --report.
     """
     from lbq.formats.artifact import open_artifact
     from lbq.formats.disk import hash_file, write_file
     from lbq.formats.errors import DataError
-    from lbq.formats.manifest import REPORT
+    from lbq.formats.manifest import REPORT, read_manifest
     from lbq.formats.report import report_of
+    from lbq.hub.artifacts import find_artifact
+    from lbq.hub.names import find_model
     from lbq.page import render
 
-    with open_artifact(artifact) as opened:
-        manifest = opened.manifest
-    found = report_of(artifact, manifest)
-    if hash_file(artifact / REPORT) != manifest.files[REPORT]:  # which the page states
-        raise DataError(f"{artifact / REPORT}: content differs from its sha256; fetch or convert the artifact again")
+    folder = find_artifact(artifact, revision, weights=False, on_note=note)
+    if isinstance(find_model(artifact, revision), Path):
+        open_artifact(folder).close()
+    manifest = read_manifest(folder)
+    found = report_of(folder, manifest)
+    if hash_file(folder / REPORT) != manifest.files[REPORT]:  # which the page states
+        raise DataError(f"{folder / REPORT}: content differs from its sha256; fetch or convert the artifact again")
     page = render(manifest, found)
     write_file(_checked(out), page)
     if as_json:
