@@ -92,7 +92,7 @@ class StagedFolder:
         self.target = _resolve(target, source)
         self.folder = self.target.with_name(f".{self.target.name}.staging")
         self._old = self.target.with_name(f".{self.target.name}.old")
-        self._lock = self.target.with_name(f".{self.target.name}.lock")
+        self._lock = _lock_of(self.target)
         self._source = source
         self._overwrite = overwrite
         self._descriptor = -1
@@ -176,12 +176,33 @@ def _acquire(lock: Path, target: Path) -> int:
                 os.close(descriptor)
             except BlockingIOError:
                 os.close(descriptor)
-                raise BusyError(f"{target}: another lbq is writing it; wait, or choose another output") from None
+                raise _busy(target) from None
             except FileNotFoundError:
                 os.close(descriptor)
             except BaseException:
                 os.close(descriptor)
                 raise
+
+
+def check_idle(target: Path) -> None:
+    """Raise :class:`BusyError` if somebody writes ``target`` at the moment; a courtesy, which locks nothing."""
+    real = Path(os.path.realpath(target))
+    with suppress(OSError):  # there is no lock, or none that can be looked at: taking it will tell
+        descriptor = os.open(_lock_of(real), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _busy(target) from None
+        finally:
+            os.close(descriptor)
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+def _busy(target: Path) -> BusyError:
+    return BusyError(f"{target}: another lbq is writing it; wait, or choose another output")
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -20,7 +20,7 @@ from lbq.formats.manifest import MANIFEST, PAGE, REPORT, Manifest
 from lbq.formats.quality import Quality
 from lbq.formats.report import Report
 from lbq.formats.safetensors_file import INDEX
-from lbq.formats.staging import StagedFolder, check_target
+from lbq.formats.staging import StagedFolder, check_idle, check_target
 from lbq.hub.client import OnNote, quiet
 from lbq.quantizer import methods, streaming
 from lbq.quantizer.autoround.run import OnProgress as OnTuned
@@ -55,6 +55,7 @@ class Conversion:
 def check_output(model: str | Path, out: Path, *, overwrite: bool) -> None:
     """Raise what :func:`write_artifact` would raise about ``out``, before anything of ``model`` is fetched."""
     check_target(out, Path(model) if Path(model).is_dir() else None, overwrite=overwrite)
+    check_idle(out)
 
 
 def unfinished(prepared: Prepared, out: Path) -> bool:

@@ -13,6 +13,7 @@ import torch
 from lbq import __version__
 from lbq.formats import manifest as manifests
 from lbq.formats.disk import FileEntry
+from lbq.formats.errors import DataError
 from lbq.formats.packing import PackedWeight
 from lbq.formats.safetensors_file import INDEX, Checkpoint
 from lbq.quantizer import tensors
@@ -192,6 +193,11 @@ def tuned(
     work = Work(target)
     work.open(header, restart=restart)
     tokens = torch.empty((0, 1), dtype=torch.int64) if calibration is None else calibration.tokens
-    tuner = Tuner(folder, plan, checkpoint, request.tuning, tokens, work, device)
-    tuner.run(on_progress)
+    try:
+        tuner = Tuner(folder, plan, checkpoint, request.tuning, tokens, work, device)
+        tuner.run(on_progress)
+    except DataError:
+        if not work.numbers("block"):  # there is nothing to go on with, and bad data stay bad
+            work.remove()
+        raise
     return Tuned(checkpoint, device, tuner, work)
