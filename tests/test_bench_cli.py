@@ -72,6 +72,14 @@ def test_garbage_is_a_failure(bench: Callable[..., Any], monkeypatch: pytest.Mon
     assert (done.code, "WRONG" in done.out) == (7, True)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
+def test_a_full_disk(bench: Callable[..., Any], tmp_path: Path) -> None:
+    picture = tmp_path / "a.svg"
+    picture.symlink_to("/dev/full")
+    done = bench("--shape", "tiny", "--picture", picture)
+    assert (done.code, f"{picture}: No space left" in done.err, "tokens/s" in done.out) == (4, True, True)
+
+
 def test_what_does_not_fit(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     picture = tmp_path / "roof.svg"
     done = bench("--shape", "tiny", "--depth", "99999", "--picture", picture)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lbq.formats.errors import DeviceError
+from lbq.formats.disk import storage_errors
+from lbq.formats.errors import DeviceError, StorageError
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.spec import ModelSpec
 from lbq.runtime import attention
@@ -96,6 +97,7 @@ def profile_decode(
                 _step(engine, depth)
     if trace is not None:
         watched.export_chrome_trace(str(trace))
+        _check_whole(trace)
     found = _kernels(watched.events()) if on_gpu else _marks(watched.events())
     if not found or len(found) % steps:
         raise DeviceError(f"torch's profiler saw {len(found)} kernels in {steps} steps: CUPTI is missing or forbidden")
@@ -157,6 +159,15 @@ def _table(events: Sequence[Event], launches: Sequence[Launch]) -> dict[tuple[st
         sums.nbytes += launch.nbytes
         done = max(done, event.end)
     return found
+
+
+def _check_whole(trace: Path) -> None:
+    """Raise StorageError for a trace that the profiler, which does not say so, could not write to its end."""
+    with storage_errors(trace), trace.open("rb") as file:
+        file.seek(max(0, trace.stat().st_size - 64))
+        end = file.read(64)
+    if not end.rstrip().endswith(b"}"):
+        raise StorageError(f"{trace}: not written to its end; is the disk full?")
 
 
 def _step(engine: DecoderEngine, depth: int) -> None:

@@ -99,9 +99,11 @@ def bench(
     else:
         _print(report, as_markdown)
     if picture is not None:
+        from lbq.formats.disk import storage_errors
         from lbq.page.roofline import draw
 
-        picture.write_text(draw(report), encoding="utf-8")
+        with storage_errors(picture):
+            picture.write_text(draw(report), encoding="utf-8")
     report.require_sound()
 
 

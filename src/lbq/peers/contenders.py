@@ -106,7 +106,7 @@ CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("transformers BF16", ("transformers",), 16, False, _nothing),
-        Contender("transformers BF16, static cache, compiled", ("transformers",), 16, True, _nothing),
+        Contender("transformers BF16, compiled", ("transformers",), 16, True, _nothing),
         Contender("bitsandbytes INT8", ("bitsandbytes",), 8, False, _bitsandbytes_int8),
         Contender("bitsandbytes NF4", ("bitsandbytes",), 4.5, False, _bitsandbytes_nf4),
         Contender("torchao INT8, compiled", ("torchao",), 8, True, _torchao("Int8WeightOnlyConfig")),

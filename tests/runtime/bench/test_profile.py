@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from lbq.formats.errors import StorageError
 from lbq.runtime.bench.profile import Event, Launch, labelled, profile_decode, step_launches, tabulate
 from lbq.runtime.bench.shapes import SHAPES
 from lbq.runtime.bench.weights import DeviceKernels, RandomWeights
@@ -77,6 +79,18 @@ def test_a_step_on_the_cpu(tmp_path):
     assert 0 < sum(line.seconds for line in found.lines) <= found.seconds
     named = [event["name"] for event in json.loads(trace.read_text())["traceEvents"] if "name" in event]
     assert sum(name.startswith("lbq: ") for name in named) == 3 * 11
+
+
+def test_a_trace_that_was_cut_off(tmp_path, monkeypatch):
+    """As a full disk leaves it, of which the profiler does not tell."""
+    weights, trace = weights_on("cpu"), tmp_path / "trace.json"
+    decoder = bind(weights, CPU).decoder
+    for text in ("", '{"traceEvents": [{"name": "a'):
+        monkeypatch.setattr(
+            "torch.profiler.profile.export_chrome_trace", lambda _, path, text=text: Path(path).write_text(text)
+        )
+        with pytest.raises(StorageError, match=r"trace\.json: not written to its end"):
+            profile_decode(decoder, CPU, launches(weights), depth=9, steps=1, trace=trace)
 
 
 def test_labels_are_taken_off_again():
