@@ -151,12 +151,18 @@ def artifact_variant(artifact: Artifact) -> Variant:
 
 
 def _label(quantized: Mapping[str, QuantizedModule]) -> str:
-    """``INT4 g256, INT8 row``: the most weights first."""
-    sizes: dict[str, int] = {}
+    """``INT4 g64/g128, INT8 row``: the most weights first."""
+    sizes: dict[int, dict[str, int]] = {}
     for entry in quantized.values():
-        name = f"INT{entry.bits} " + ("row" if entry.group == entry.k else f"g{entry.group}")
-        sizes[name] = sizes.get(name, 0) + entry.n * entry.k
-    return ", ".join(sorted(sizes, key=lambda name: -sizes[name])) or "BF16"
+        group = "row" if entry.group == entry.k else f"g{entry.group}"
+        groups = sizes.setdefault(entry.bits, {})
+        groups[group] = groups.get(group, 0) + entry.n * entry.k
+    widths = sorted(sizes, key=lambda bits: -sum(sizes[bits].values()))
+    return ", ".join(f"INT{bits} {'/'.join(sorted(sizes[bits], key=_group_order))}" for bits in widths) or "BF16"
+
+
+def _group_order(name: str) -> int:
+    return 0 if name == "row" else int(name[1:])
 
 
 def machine(device: torch.device) -> Machine:
