@@ -51,9 +51,12 @@ def share(artifact: Artifact, parts: list[str], ranks: int, rank: int) -> torch.
     """A rank's part of what a (fused) layer stands for."""
     found = []
     for module in parts:
-        quantized = artifact.is_quantized(module)
+        quantized, heads = artifact.is_quantized(module), artifact.spec.layer(0).mixer.kv_heads
         weight = artifact.packed(module).dequantize() if quantized else artifact.dense(f"{module}.weight").float()
-        found.append(weight.chunk(ranks, dim=int(module.endswith(ROW_PARALLEL)))[rank])
+        pieces, piece = ranks, rank
+        if module.endswith(("k_proj", "v_proj")) and heads < ranks:  # of which several ranks have the same
+            pieces, piece = heads, rank * heads // ranks
+        found.append(weight.chunk(pieces, dim=int(module.endswith(ROW_PARALLEL)))[piece])
     return torch.cat(found)
 
 

@@ -14,6 +14,7 @@ from lbq.formats.readers import Fit, fast_group, sglang_fit, vllm_fit
 from lbq.formats.scheme import Scheme
 from lbq.formats.wording import counted
 from lbq.quantizer.export.layouts import SCALES, Awq, Layout
+from lbq.quantizer.export.ranks import check_ranks, for_ranks, share
 
 HEAD_WHOLE = "the head is stored as bfloat16, rounded from what its codes stand for: "
 FITS: Mapping[str, Callable[[int, int, Scheme], Fit]] = {"vllm": vllm_fit, "sglang": sglang_fit}
@@ -28,22 +29,25 @@ class Layers:
     notes: tuple[str, ...]
 
 
-def for_reader(artifact: Artifact, reader: str) -> Layers:
-    """An artifact's layers for vLLM or SGLang. Raises UsageError for one that the tool cannot run."""
-    entries = {name: _regrouped(entry) for name, entry in artifact.manifest.quantized.items()}
-    head, whole, notes, slow = artifact.spec.head.name, None, [], []
-    for unit in artifact.spec.units():
+def for_reader(artifact: Artifact, reader: str, ranks: int = 1) -> Layers:
+    """An artifact's layers for vLLM or SGLang on so many GPUs. Raises UsageError for one that the tool cannot run."""
+    spec, where = artifact.spec, str(artifact.folder)
+    check_ranks(spec, ranks, where)
+    quantized = artifact.manifest.quantized
+    entries = {name: for_ranks(name, _regrouped(entry), ranks, where) for name, entry in quantized.items()}
+    head, whole, notes, slow = spec.head.name, None, [], []
+    for unit in spec.units():
         name = unit[0].name
         if name not in entries:
             continue
         entry = entries[name]
-        fit = FITS[reader](sum(p.out_features for p in unit), entry.k, entry.scheme)
+        fit = FITS[reader](*share(unit, spec, ranks), entry.scheme)
         if not fit.runs and name == head:
             del entries[name]
             whole, what = name, f"{reader} has {fit.text}"
             notes.append(HEAD_WHOLE + what)
         elif not fit.runs:
-            raise UsageError(f"{artifact.folder}: {reader} cannot run {name} (INT{entry.bits}): {fit.text}")
+            raise UsageError(f"{where}: {reader} cannot run {name} (INT{entry.bits}): {fit.text}")
         elif not fit.fast:
             slow.append(fit.text)
     notes += [

@@ -81,30 +81,34 @@ def export(
     to: str,
     out: Path | str | None = None,
     *,
+    ranks: int = 1,
     strict: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Exported:
     """Write the artifact in the folder ``artifact`` for another tool, one of ``TARGETS``, by default to ``./NAME-TO``.
 
-    Codes and values stay what they are but for the result's ``notes``, which ``strict`` refuses. Raises an LbqError of
-    any kind; nothing stands under ``out`` then.
+    ``ranks`` is the number of GPUs that vLLM or SGLang will share layers between. Codes and values stay what they are
+    but for the result's ``notes``, which ``strict`` refuses. Raises an LbqError of any kind; nothing stands under
+    ``out`` then.
     """
     with open_artifact(artifact) as opened:
-        prepared = prepare_export(opened, to, strict=strict)
+        prepared = prepare_export(opened, to, ranks=ranks, strict=strict)
         target = Path(out) if out else Path(prepared.default_name)
         return write_export(prepared, target, on_progress, overwrite=overwrite)
 
 
-def prepare_export(artifact: Artifact, to: str, *, strict: bool = False) -> Export:
+def prepare_export(artifact: Artifact, to: str, *, ranks: int = 1, strict: bool = False) -> Export:
     """Decide; reads scales at most. Raises UsageError for what the tool cannot read, and under ``strict`` for anything
     that would be a note."""
     if to not in TARGETS:
         raise UsageError(f"--to {to}: {', '.join(TARGETS)} are known")
+    if ranks != 1 and to not in FITS:
+        raise UsageError(f"--tensor-parallel is for {' and '.join(FITS)}")
     if to == GGUF:
         layers = gguf_layers(artifact)
     else:
-        layers = for_layout(artifact, LAYOUTS[to]) if to in LAYOUTS else for_reader(artifact, to)
+        layers = for_layout(artifact, LAYOUTS[to]) if to in LAYOUTS else for_reader(artifact, to, ranks)
     if strict and layers.notes:
         raise UsageError(f"refused under --strict: {layers.notes[0]}")
     return Export(artifact, to, layers)

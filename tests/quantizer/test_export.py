@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from lbq.conversion import convert
 from lbq.formats.artifact import Artifact, open_artifact
 from lbq.formats.errors import UsageError
-from lbq.formats.manifest import read_manifest
+from lbq.formats.manifest import QuantizedModule, read_manifest
 from lbq.formats.packing import PackedWeight
 from lbq.quantizer.export import export
+from lbq.quantizer.export.ranks import for_ranks
 from lbq.quantizer.foreign.importing import import_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]  # of the packages' own
@@ -248,3 +249,54 @@ def test_overwriting(made: Callable[..., Path], lbq: Lbq, tmp_path: Path) -> Non
     assert lbq(*command, "gptq", "--overwrite").code == 0
     assert "not an lbq artifact" in lbq(*command, "vllm", "--overwrite").error
     assert not (out / "lbq.json").exists()
+
+
+def test_groups_for_ranks(made: Callable[..., Path], lbq: Lbq, tmp_path: Path) -> None:
+    """Layers that are split by inputs get groups that divide a rank's; all others stay."""
+    out = tmp_path / "out"
+    assert lbq("export", made(4, 64), "--to", "vllm", "--tensor-parallel", "4", "--out", out).code == 0
+    with open_artifact(made(4, 64)) as one, open_artifact(out) as other:
+        groups = {name.rpartition(".")[2]: entry.group for name, entry in other.manifest.quantized.items()}
+        assert {name for name, group in groups.items() if group == 32} == {"o_proj"}  # of 128 inputs
+        assert groups["down_proj"] == 64
+        same_weights(one, other)
+
+
+@pytest.mark.parametrize(
+    ("artifact", "options", "says"),
+    [
+        ((4, 64), ("vllm", "3"), "4 heads do not divide between 3 ranks"),
+        ((4, 64), ("vllm", "8"), "4 heads do not divide between 8 ranks"),
+        ((4, 64), ("vllm", "0"), "--tensor-parallel 0: 1 or more"),
+        ((4, 64), ("gptq", "2"), "--tensor-parallel is for vllm and sglang"),
+        ((4, 64), ("sglang", "4"), "no kernel for the shape"),
+    ],
+)
+def test_ranks_refused(
+    made: Callable[..., Path], lbq: Lbq, tmp_path: Path, artifact: tuple[int, int], options: tuple[str, str], says: str
+) -> None:
+    to, ranks = options
+    done = lbq("export", made(*artifact), "--to", to, "--tensor-parallel", ranks, "--out", tmp_path / "out")
+    assert (done.code, says in done.error) == (2, True), done.error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("bits", "k", "group", "ranks", "wanted"),
+    [
+        (4, 896, 128, 2, 64),
+        (4, 4864, 128, 4, 64),
+        (4, 896, None, 2, None),
+        (8, 4096, 256, 8, 256),
+        (4, 96, 32, 2, "do not divide into groups of 32"),
+        (4, 100, None, 10, "no whole words of INT4"),
+    ],
+)
+def test_groups_of_a_rank(bits: int, k: int, group: int | None, ranks: int, wanted: int | str | None) -> None:
+    entry = QuantizedModule(64, k, bits, group or k)
+    if isinstance(wanted, str):
+        with pytest.raises(UsageError, match=wanted):
+            for_ranks("model.layers.0.mlp.down_proj", entry, ranks, "here")
+    else:
+        assert for_ranks("model.layers.0.mlp.down_proj", entry, ranks, "here").scheme.group == wanted
+        assert for_ranks("model.layers.0.mlp.up_proj", entry, ranks, "here") == entry

@@ -165,10 +165,12 @@ def test_weights_of_mixed_widths(make: Make, ranks: int, rank: int) -> None:
     check_weights(load(folder, ranks, rank), folder, ranks, rank)
 
 
-def test_groups_that_ranks_cannot_share(make: Make) -> None:
+def test_exports_for_ranks(make: Make) -> None:
+    """Groups of 256, for two ranks in 128 and for four in 64, where key heads are fewer than ranks."""
     folder = make(bits=4, group=256)
-    out = export(folder, "sglang", folder.parent / "for-sglang").path
-    check_weights(load(out, 2, 1), out, 2, 1)
+    for ranks, rank in ((2, 1), (4, 0), (4, 3)):
+        out = export(folder, "sglang", folder.parent / f"sglang-{ranks}-{rank}", ranks=ranks).path
+        check_weights(load(out, ranks, rank), out, ranks, rank)
 
 
 def test_three_bits_are_refused(make: Make) -> None:

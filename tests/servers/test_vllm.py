@@ -163,11 +163,12 @@ def test_weights_of_mixed_widths(make: Make, ranks: int, rank: int) -> None:
 
 
 @pytest.mark.usefixtures("world")
-def test_groups_that_ranks_cannot_share(make: Make) -> None:
-    """A group of 256 in 256 inputs is for one rank; its export, of 128, is for two."""
+def test_exports_for_ranks(make: Make) -> None:
+    """Groups of 256, for two ranks in 128 and for four in 64, where key heads are fewer than ranks."""
     folder = make(bits=4, group=256)
-    check(folder, 1, 0)
-    check(export(folder, "vllm", folder.parent / "for-vllm").path, 2, 1)
+    for ranks, rank in ((2, 1), (4, 0), (4, 3)):
+        out = export(folder, "vllm", folder.parent / f"vllm-{ranks}-{rank}", ranks=ranks).path
+        check(out, ranks, rank)
 
 
 @pytest.mark.usefixtures("world")
