@@ -48,7 +48,8 @@ def test_an_artifact_in_json(bench: Callable[..., Any], kept_artifact: Path) -> 
     for row in found["rows"]:
         assert row["case"]["weights"] == "INT4 g32, INT8 row"
         assert row["share"] == pytest.approx(row["decoded"]["speed"]["median"] / row["floor"])
-        assert row["floor"] == pytest.approx(found["machine"]["copy"] / (row["weight_bytes"] + row["cache_bytes"]))
+        nbytes = row["weight_bytes"] + row["decoded"]["cache_bytes"]
+        assert row["floor"] == pytest.approx(found["machine"]["copy"] / nbytes)
         assert row["decoded"]["check"]["kl"] < 1e-6
     manifest = json.loads((kept_artifact / "lbq.json").read_text())["quantized"]
     stored = sum(m["n"] * (4 * -(-m["k"] * m["bits"] // 32) + 2 * m["k"] // m["group"]) for m in manifest.values())
@@ -147,3 +148,20 @@ def test_a_profile(lbq: Callable[..., Any], kept_artifact: Path, tmp_path: Path)
 def test_what_cannot_be_profiled(lbq: Callable[..., Any], options: tuple[str, ...], code: int, said: str) -> None:
     done = lbq("profile", "--device", "cpu", *options)
     assert (done.code, said in done.error) == (code, True), done
+
+
+@pytest.mark.gpu
+def test_both_commands_on_a_gpu(lbq: Callable[..., Any], tmp_path: Path) -> None:
+    picture, trace = tmp_path / "a.svg", tmp_path / "a.json"
+    shape = ("--shape", "tiny", "--device", "cuda")
+    done = lbq("bench", *shape, "--bits", "3,4,8", "--depth", "0,500", "--rounds", "2", "--picture", picture, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["machine"]["kind"] == "cuda"
+    assert found["machine"]["upload"] > 1e9
+    assert len(found["rows"]) == 6
+    assert picture.read_text().count("<circle") == 6
+    done = lbq("profile", *shape, "--steps", "3", "--trace", trace)
+    assert done.code == 0, done.err
+    assert "head" in done.out
+    assert json.loads(trace.read_text())["traceEvents"]

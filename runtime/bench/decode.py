@@ -10,11 +10,11 @@ from typing import Protocol
 
 import torch
 
-from lbq.formats.spec import Attention, ModelSpec
+from lbq.formats.spec import ModelSpec
 from lbq.runtime.bench.memory import Peak
 from lbq.runtime.bench.reference import Check, check, reference_logits
 from lbq.runtime.binding import Weights
-from lbq.runtime.cache import DecoderState, KVCache
+from lbq.runtime.cache import DecoderState, KVCache, MixerState
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.text.generation import Engine, GenerationOptions, generate_tokens
@@ -42,12 +42,13 @@ class Speed:
 @dataclass(frozen=True)
 class Decoded:
     """What one case gave. Seconds to the first token are a prompt's; ``cold``: of the first round, in which kernels are
-    compiled or loaded and graphs captured."""
+    compiled or loaded and graphs captured. ``cache_bytes``: keys and values that the middle new token reads."""
 
     speed: Speed
     first_token_seconds: float
     cold_seconds: float
     peak_bytes: int
+    cache_bytes: int
     check: Check
 
 
@@ -85,6 +86,7 @@ def decode(weights: Weights, decoder: Decoder, place: Place, load: Workload, dep
         statistics.median(one.first for one in rounds[1:]),
         rounds[0].first,
         most,
+        round(sum(read_bytes(decoder.spec, held, depth + load.prompt + (load.new - 1) / 2))),
         check(logits, new, expected, repeats=all(one.tokens == new for one in rounds)),
     )
 
@@ -114,12 +116,14 @@ def hold(engine: Engine, depth: int, seed: int = 3) -> DecoderState:
     return DecoderState(state.context, state.layers, depth)
 
 
-def cache_bytes(spec: ModelSpec, position: float, item_bytes: int) -> float:
-    """Bytes of keys and values that the token at ``position`` reads in all layers, its own among them."""
-    return sum(key_bytes(spec.layer(i).mixer, position, item_bytes) for i in range(len(spec.layers)))
+def read_bytes(spec: ModelSpec, state: DecoderState, position: float) -> list[float]:
+    """Bytes of keys and values that the token at ``position`` reads in each layer, its own among them."""
+    return [
+        _slot_bytes(cache) * min(position + 1, spec.layer(i).mixer.window or position + 1)
+        for i, cache in enumerate(state.layers)
+    ]
 
 
-def key_bytes(mixer: Attention, position: float, item_bytes: int) -> float:
-    """The same of one layer."""
-    seen = min(position + 1, mixer.window or position + 1)
-    return 2 * mixer.kv_heads * mixer.head_dim * item_bytes * seen
+def _slot_bytes(cache: MixerState) -> float:
+    assert isinstance(cache, KVCache)
+    return cache.nbytes / cache.kv.shape[2]

@@ -22,7 +22,7 @@ from lbq.formats.manifest import QuantizedModule
 from lbq.formats.spec import ModelSpec
 from lbq.runtime import attention
 from lbq.runtime.attention import AttentionMixer
-from lbq.runtime.bench.decode import Place, hold, key_bytes
+from lbq.runtime.bench.decode import Place, hold, read_bytes
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.kernels.linear import Linear
@@ -74,19 +74,20 @@ class Profile:
 def profile_decode(
     decoder: Decoder,
     place: Place,
-    launches: Sequence[Launch],
+    quantized: Mapping[str, QuantizedModule],
     depth: int,
     steps: int = 20,
     trace: Path | None = None,
 ) -> Profile:
     """Profile ``steps`` decode steps behind ``depth`` tokens of random keys and values.
 
-    ``launches``: of :func:`step_launches`. The events are written to ``trace`` as JSON for Perfetto or
+    ``quantized``: of what the decoder is bound to. The events are written to ``trace`` as JSON for Perfetto or
     chrome://tracing. Raises DeviceError where a GPU's kernels cannot be watched.
     """
     engine = place.engine(decoder, depth + 2)
     assert isinstance(engine, DecoderEngine)
-    hold(engine, depth)
+    state = hold(engine, depth)
+    launches = step_launches(decoder.spec, quantized, read_bytes(decoder.spec, state, depth))
     on_gpu = place.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with nullcontext() if on_gpu else labelled(decoder):
@@ -106,14 +107,13 @@ def profile_decode(
 
 
 def step_launches(
-    spec: ModelSpec, quantized: Mapping[str, QuantizedModule], depth: int, item_bytes: int
+    spec: ModelSpec, quantized: Mapping[str, QuantizedModule], cache_bytes: Sequence[float]
 ) -> list[Launch]:
-    """What a step runs, in order: the embedding, five launches a layer, the head."""
+    """What a step runs, in order: the embedding, five launches a layer, the head. ``cache_bytes``: layer by layer."""
     found = [Launch("embedding", 2 * spec.hidden_size)]
     for i in range(len(spec.layers)):
         qkv, out, gate_up, down = (stored_bytes(unit, quantized) for unit in spec.layer_units(i))
-        keys = key_bytes(spec.layer(i).mixer, depth, item_bytes)
-        found += [Launch("q/k/v", qkv), Launch("attention", keys), Launch("output", out)]
+        found += [Launch("q/k/v", qkv), Launch("attention", cache_bytes[i]), Launch("output", out)]
         found += [Launch("gate/up", gate_up), Launch("down", down)]
     return [*found, Launch("head", stored_bytes((spec.head,), quantized))]
 

@@ -19,7 +19,7 @@ from lbq.runtime.kernels.cpu.mapped import MappedLinear, by_tiles
 from lbq.runtime.kernels.linear import Linear
 from lbq.runtime.step import HostStep
 
-SCORES: Final = 1 << 26  # of attention that are held at a time for each head
+SCORES: Final = 1 << 24  # of attention that are held at a time for each head
 MOST_KL: Final = 1e-2  # of one position; the bounds of the kernels' own tests are 1e-4 to 1e-3 on average
 MOST_LOSS: Final = 0.1  # nats
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lbq.formats.errors import UsageError
-from lbq.runtime.bench.profile import Profile, profile_decode, step_launches
+from lbq.runtime.bench.profile import Profile, profile_decode
 from lbq.runtime.bench.sweep import Machine, Variant, machine
 from lbq.runtime.binding import bind
 from lbq.runtime.devices import Device, device_errors
@@ -33,7 +33,6 @@ def profile_variant(
     with device_errors():
         on = machine(device.device)
         decoder = bind(variant.open(device.device), device).decoder
-        launches = step_launches(variant.spec, variant.quantized, depth, device.cache_dtype.itemsize)
         return Profiled(
-            subject, variant.label, on, depth, profile_decode(decoder, device, launches, depth, steps, trace)
+            subject, variant.label, on, depth, profile_decode(decoder, device, variant.quantized, depth, steps, trace)
         )

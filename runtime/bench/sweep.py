@@ -17,7 +17,7 @@ from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.packing import BITS, GROUPS
 from lbq.formats.spec import ModelSpec
-from lbq.runtime.bench.decode import Decoded, Speed, Workload, cache_bytes, decode
+from lbq.runtime.bench.decode import Decoded, Speed, Workload, decode
 from lbq.runtime.bench.shapes import SHAPES
 from lbq.runtime.bench.timing import copy_bandwidth, upload_bandwidth
 from lbq.runtime.bench.weights import RandomWeights
@@ -64,8 +64,7 @@ class Row:
 
     case: Case
     weight_bytes: int  # as stored
-    cache_bytes: int
-    floor: float
+    floor: float | None
     share: float | None
     resident_bytes: int  # of weights, in the kernels' own arrangement
     load_seconds: float | None  # from the mapped file to the device and into that arrangement; None: drawn there
@@ -249,16 +248,13 @@ class _Measuring:
         return decode(weights, bound.decoder, self._device, self._load, depth)
 
     def _row(self, case: Case, decoded: Decoded | None, skipped: str | None) -> Row:
-        middle = case.depth + self._load.prompt + (self._load.new - 1) / 2
-        cache = round(cache_bytes(self._variant.spec, middle, self._device.cache_dtype.itemsize))
-        floor = self._on.copy / (self._weight_bytes + cache)
+        floor = self._on.copy / (self._weight_bytes + decoded.cache_bytes) if decoded else None
         bound = self._bound and self._bound[1]
         return Row(
             case,
             self._weight_bytes,
-            cache,
             floor,
-            decoded.speed.median / floor if decoded else None,
+            decoded.speed.median / floor if decoded and floor else None,
             bound.resident_bytes if bound else 0,
             self._seconds if bound and not self._variant.drawn else None,
             decoded,

@@ -150,9 +150,9 @@ def _cells(row: Row, found: Decoded) -> tuple[str, ...]:
     return (
         row.case.weights,
         str(row.case.depth),
-        size(row.weight_bytes + row.cache_bytes),
+        size(row.weight_bytes + found.cache_bytes),
         _speed(speed),
-        _number(row.floor),
+        "" if row.floor is None else _number(row.floor),
         "" if row.share is None else f"{row.share:.1%}",
         seconds(found.first_token_seconds),
         seconds(found.cold_seconds),

@@ -41,7 +41,7 @@ def draw(report: Report) -> str:
     assert ran
     points = [
         Point(
-            row.weight_bytes + row.cache_bytes,
+            row.weight_bytes + row.decoded.cache_bytes,
             row.decoded.speed.median,
             f"{row.case.weights.split(',')[0]}{f' at {row.case.depth}' if row.case.depth else ''}: "
             f"{'WRONG' if row.fault else f'{row.share or 0:.0%}'}",

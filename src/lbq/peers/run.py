@@ -20,7 +20,7 @@ import torch
 from lbq.formats.spec import ModelSpec
 from lbq.peers.contenders import CONTENDERS, Contender
 from lbq.peers.job import Answer, Job
-from lbq.runtime.bench.decode import Speed, Workload, cache_bytes
+from lbq.runtime.bench.decode import Speed, Workload
 from lbq.runtime.bench.sweep import Peer
 
 LIMIT = 600.0  # seconds of one peer: some compile for minutes
@@ -80,7 +80,8 @@ def _bytes(contender: Contender, spec: ModelSpec, load: Workload) -> int:
     """Layers in the contender's bits, the head and keys and values in 16."""
     head = spec.head.out_features * spec.head.in_features
     layers = sum(p.out_features * p.in_features for p in spec.projections()) - head
-    keys = cache_bytes(spec, load.prompt + (load.new - 1) / 2, 2)
+    mixers = [spec.layer(i).mixer for i in range(len(spec.layers))]
+    keys = sum(4 * mixer.kv_heads * mixer.head_dim for mixer in mixers) * (load.prompt + load.new / 2)
     return round(layers * contender.bits / 8 + 2 * head + keys)
 
 

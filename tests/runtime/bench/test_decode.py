@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from msgspec import structs
 
-from lbq.runtime.bench.decode import Workload, cache_bytes, decode
+from lbq.runtime.bench.decode import Workload, decode, read_bytes
 from lbq.runtime.bench.reference import Check, check, reference_logits
 from lbq.runtime.bench.shapes import SHAPES
 from lbq.runtime.bench.weights import DeviceKernels, RandomWeights
@@ -121,8 +122,10 @@ def test_drawn_twice_the_same():
 
 def test_bytes_of_keys_and_values():
     state = bind(random_weights(), CPU).decoder.new_state(10, fixed=True)
-    assert cache_bytes(SPEC, 9, 4) == state.nbytes
-    assert cache_bytes(SPEC, 9, 2) == state.nbytes / 2
+    assert sum(read_bytes(SPEC, state, 9)) == state.nbytes
+    assert sum(read_bytes(SPEC, state, 4)) == state.nbytes / 2
+    seven = structs.replace(SPEC.layer(0), mixer=structs.replace(SPEC.layer(0).mixer, window=7))
+    assert read_bytes(structs.replace(SPEC, layer_kinds=(seven,)), state, 9) == [0.35 * state.nbytes] * 2
 
 
 @pytest.mark.gpu

@@ -23,8 +23,8 @@ def weights_on(device):
     return RandomWeights(SPEC, 4, 32, torch.device(device))
 
 
-def launches(weights, depth=9, item_bytes=4):
-    return step_launches(SPEC, weights.quantized, depth, item_bytes)
+def launches(weights):
+    return step_launches(SPEC, weights.quantized, [7.0] * len(SPEC.layers))
 
 
 def test_own_times_and_gaps_add_up_to_the_step():
@@ -58,14 +58,13 @@ def test_bytes_of_launches():
     found = launches(weights)
     stored = sum(w.nbytes for name in weights.quantized for w in [weights.packed(name)])
     assert sum(each.nbytes for each in found if each.label not in ("attention", "embedding")) == stored
-    cache = bind(weights, CPU).decoder.new_state(10, fixed=True).nbytes
-    assert sum(each.nbytes for each in found if each.label == "attention") == cache
+    assert [each.nbytes for each in found if each.label == "attention"] == [7.0, 7.0]
 
 
 def test_a_step_on_the_cpu(tmp_path):
     weights, trace = weights_on("cpu"), tmp_path / "trace.json"
     decoder = bind(weights, CPU).decoder
-    found = profile_decode(decoder, CPU, launches(weights), depth=9, steps=3, trace=trace)
+    found = profile_decode(decoder, CPU, weights.quantized, depth=9, steps=3, trace=trace)
     assert [(line.label, line.count) for line in found.lines] == [
         ("q/k/v", 2),
         ("attention", 2),
@@ -76,6 +75,7 @@ def test_a_step_on_the_cpu(tmp_path):
     ]
     assert found.lines[0].kernel == decoder.layers[0].mixer.qkv.kernel
     assert found.lines[1].kernel == "attention (torch)"
+    assert found.lines[1].nbytes == decoder.new_state(10, fixed=True).nbytes
     assert 0 < sum(line.seconds for line in found.lines) <= found.seconds
     named = [event["name"] for event in json.loads(trace.read_text())["traceEvents"] if "name" in event]
     assert sum(name.startswith("lbq: ") for name in named) == 3 * 11
@@ -90,7 +90,7 @@ def test_a_trace_that_was_cut_off(tmp_path, monkeypatch):
             "torch.profiler.profile.export_chrome_trace", lambda _, path, text=text: Path(path).write_text(text)
         )
         with pytest.raises(StorageError, match=r"trace\.json: not written to its end"):
-            profile_decode(decoder, CPU, launches(weights), depth=9, steps=1, trace=trace)
+            profile_decode(decoder, CPU, weights.quantized, depth=9, steps=1, trace=trace)
 
 
 def test_labels_are_taken_off_again():
@@ -129,7 +129,7 @@ def test_a_step_on_a_gpu(fused, tmp_path):
         pytest.skip("only a GPU has kernels to watch")
     weights, device = weights_on("cuda"), CudaDevice(exact=False, fused=fused)
     decoder = bind(weights, device).decoder
-    found = profile_decode(decoder, device, launches(weights, item_bytes=2), 9, 3, tmp_path / "trace.json")
+    found = profile_decode(decoder, device, weights.quantized, 9, 3, tmp_path / "trace.json")
     assert found.seconds > 0
     if fused:
         assert found.note is None
