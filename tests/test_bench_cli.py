@@ -42,7 +42,7 @@ def test_an_artifact_in_json(bench: Callable[..., Any], kept_artifact: Path) -> 
     done = bench(kept_artifact, "--json", "--depth", "0,5")
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert found["load"] == {"prompt": 5, "new": 4, "rounds": 2}
+    assert found["load"] == {"prompt": 5, "new": 4, "rounds": 2, "sampled": False}
     assert found["machine"]["copy"] > 1e8
     assert [row["case"]["depth"] for row in found["rows"]] == [0, 5]
     for row in found["rows"]:
@@ -57,7 +57,7 @@ def test_an_artifact_in_json(bench: Callable[..., Any], kept_artifact: Path) -> 
 
 
 def test_markdown(bench: Callable[..., Any]) -> None:
-    lines = bench("--shape", "tiny", "--markdown").out.splitlines()
+    lines = bench("--shape", "tiny", "--markdown", "--sampled").out.splitlines()
     assert lines[0].startswith("### tiny (random weights) on ")
     assert lines[4].startswith("| INT4 row, INT8 row | 0 |")
 
@@ -93,6 +93,26 @@ def test_what_does_not_fit(bench: Callable[..., Any], monkeypatch: pytest.Monkey
     monkeypatch.setattr(DecoderEngine, "prefill", out_of_memory)
     done = bench("--shape", "tiny", "--depth", "0")
     assert (done.code, "memory does not hold" in done.err) == (2, True)
+
+
+def test_what_was_measured_before_a_failure_is_shown(
+    bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, prefills = DecoderEngine.prefill, 0
+
+    def fail(self: DecoderEngine, ids: list[int]) -> torch.Tensor:
+        nonlocal prefills
+        prefills += 1
+        if prefills > 3:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return plain(self, ids)
+
+    monkeypatch.setattr(DecoderEngine, "prefill", fail)
+    done = bench("--shape", "tiny", "--depth", "0,7")
+    assert (done.code, "the GPU fails" in done.err) == (7, True)
+    assert sum(line.startswith("INT4") for line in done.out.splitlines()) == 1
+    done = bench("--shape", "tiny", "--depth", "0,7")
+    assert (done.code, done.out) == (7, "")
 
 
 @pytest.mark.parametrize(

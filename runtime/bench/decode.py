@@ -23,11 +23,20 @@ from lbq.runtime.text.sampling import SamplingOptions
 
 @dataclass(frozen=True)
 class Workload:
-    """``prompt`` tokens at once, ``new`` ones greedily, one text, ``rounds`` times after one that is not counted."""
+    """``prompt`` tokens at once, ``new`` ones, one text, ``rounds`` times after one that is not counted.
+
+    Tokens are the most probable ones, or with ``sampled`` drawn with temperature, top-k and top-p, the same every time.
+    """
 
     prompt: int = 128
     new: int = 256
     rounds: int = 5
+    sampled: bool = False
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How tokens are chosen."""
+        return SamplingOptions(temperature=0.7, top_k=20, top_p=0.95, seed=1) if self.sampled else SamplingOptions()
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def decode(weights: Weights, decoder: Decoder, place: Place, load: Workload, dep
     held = hold(engine, depth)
     random = torch.Generator().manual_seed(depth + 1)
     ids = torch.randint(0, decoder.spec.vocab_size, (load.prompt,), generator=random).tolist()
-    rounds = [_round(engine, ids, depth, load.new, place.device) for _ in range(1 + load.rounds)]
+    rounds = [_round(engine, ids, depth, load, place.device) for _ in range(1 + load.rounds)]
     logits = engine.decode(rounds[-1].tokens[-1]).clone()
     most = peak.nbytes()
     new = rounds[-1].tokens
@@ -87,12 +96,12 @@ def decode(weights: Weights, decoder: Decoder, place: Place, load: Workload, dep
         rounds[0].first,
         most,
         round(sum(read_bytes(decoder.spec, held, depth + load.prompt + (load.new - 1) / 2))),
-        check(logits, new, expected, repeats=all(one.tokens == new for one in rounds)),
+        check(logits, new, expected, repeats=all(one.tokens == new for one in rounds), greedy=not load.sampled),
     )
 
 
-def _round(engine: Engine, ids: Sequence[int], depth: int, new: int, device: torch.device) -> _Round:
-    options = GenerationOptions(max_tokens=new, sampling=SamplingOptions())
+def _round(engine: Engine, ids: Sequence[int], depth: int, load: Workload, device: torch.device) -> _Round:
+    options = GenerationOptions(max_tokens=load.new, sampling=load.sampling)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from lbq.formats.artifact import Artifact
-from lbq.formats.errors import DeviceError, UsageError
+from lbq.formats.errors import DeviceError, LbqError, UsageError
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.packing import BITS, GROUPS
 from lbq.formats.spec import ModelSpec
@@ -182,6 +182,28 @@ def _cpu_name() -> str:
     except OSError:
         return "CPU"
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def run(
+    subject: str,
+    variants: Iterable[Variant],
+    device: Device,
+    load: Workload,
+    depths: Sequence[int] = (0,),
+    batches: Sequence[int] = (1,),
+    on_case: OnCase = lambda _: None,
+) -> tuple[Report, LbqError | None]:
+    """Measure every case; what was measured before an error, and the error. Raises DeviceError before the first."""
+    with device_errors():
+        on = machine(device.device)
+    rows: list[Row] = []
+    error: LbqError | None = None
+    try:
+        for row in measure(variants, on, device, load, depths, batches, on_case):
+            rows.append(row)  # noqa: PERF402  what there is when it raises is kept
+    except LbqError as raised:
+        error = raised
+    return Report(subject, on, load, tuple(rows)), error
 
 
 def measure(

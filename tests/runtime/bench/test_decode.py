@@ -41,6 +41,16 @@ def test_a_decode_is_confirmed(bits, depth):
     assert found.peak_bytes > 1 << 20
 
 
+def test_tokens_that_are_drawn():
+    weights = random_weights()
+    decoder = bind(weights, CPU).decoder
+    found = decode(weights, decoder, CPU, replace(LOAD, sampled=True))
+    assert found.check.fault is None
+    assert found.check.loss is None
+    other = RandomWeights(SPEC, 4, 32, torch.device("cpu"), seed=2)
+    assert decode(other, decoder, CPU, replace(LOAD, sampled=True)).check.fault is not None
+
+
 @pytest.mark.parametrize("depth", [0, 30])
 def test_other_weights_are_found_out(depth):
     other = RandomWeights(SPEC, 4, 32, torch.device("cpu"), seed=2)

@@ -1,0 +1,96 @@
+"""How ``lbq bench`` prints what it found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from lbq.cli.display import markdown, plain, size, table
+from lbq.cli.subject import rate, seconds
+
+if TYPE_CHECKING:
+    from lbq.runtime.bench.decode import Decoded, Speed
+    from lbq.runtime.bench.sweep import Machine, Peer, Report, Row
+
+COLUMNS = ("weights", "depth", "bytes a token", "tokens/s", "floor", "share", "first token", "cold", "memory", "KL")
+PEER_COLUMNS = ("peer", "bytes a token", "tokens/s", "share", "first token", "lbq is ×")
+
+
+def print_report(report: Report, as_markdown: bool) -> None:
+    """Tables of cases and of peers, then what they were measured by."""
+    on = report.machine
+    show = markdown if as_markdown else table
+    ran = [(row, row.decoded) for row in report.rows if row.decoded is not None]
+    show(plain(f"{report.subject} on {on.name}"), COLUMNS, [_cells(*each) for each in ran])
+    click.echo()
+    if peers := [(peer, peer.speed) for peer in report.peers if peer.speed]:
+        ours = max(found.speed.median for _, found in ran)
+        show("Peers", PEER_COLUMNS, [_peer(*each, on, ours) for each in peers])
+        click.echo()
+    end = "  " if as_markdown else ""  # two spaces end a line there
+    for line in _lines(report):
+        click.echo(plain(line) + end)
+
+
+def _lines(report: Report) -> list[str]:
+    on, load = report.machine, report.load
+    how = "drawn" if load.sampled else "greedy"
+    lines = [
+        f"{on.name}, {on.detail}, torch {on.torch}; memory copied at {rate(on.copy)}, read and written",
+        f"one text, a prompt of {load.prompt} and {load.new} new tokens, {how}: median (slowest – fastest) of "
+        f"{load.rounds} rounds; cold: the first token of a round before them",
+        *dict.fromkeys(f"not run: {row.skipped}" for row in report.rows if row.skipped),
+        *(f"{peer.name}: {peer.failure}" for peer in report.peers if peer.failure),
+    ]
+    if (loaded := report.rows[0]).load_seconds:
+        lines.append(_loading(loaded, on))
+    kernels = dict.fromkeys(use for row in report.rows for use in row.kernels)
+    lines += [f"FALLBACK {use.units}: {use.kernel}, because {use.fallback}" for use in kernels if use.fallback]
+    if any(row.share is not None and row.share > 1 for row in report.rows):
+        lines.append("a share above 100%: these weights come from the processor's cache, not from its memory")
+    return lines
+
+
+def _cells(row: Row, found: Decoded) -> tuple[str, ...]:
+    speed = found.speed
+    return (
+        row.case.weights,
+        str(row.case.depth),
+        size(row.weight_bytes + found.cache_bytes),
+        _speed(speed),
+        "" if row.floor is None else _number(row.floor),
+        "" if row.share is None else f"{row.share:.1%}",
+        seconds(found.first_token_seconds),
+        seconds(found.cold_seconds),
+        size(found.peak_bytes),
+        f"{found.check.kl:.1e}" if row.fault is None else "WRONG",
+    )
+
+
+def _peer(peer: Peer, speed: Speed, on: Machine, ours: float) -> tuple[str, ...]:
+    share = "" if peer.nbytes is None else f"{speed.median * peer.nbytes / on.copy:.1%}"
+    return (
+        " ".join((peer.name, *([peer.version] if peer.version else []))),
+        "" if peer.nbytes is None else size(peer.nbytes),
+        _speed(speed),
+        share,
+        "" if peer.first_token_seconds is None else seconds(peer.first_token_seconds),
+        f"{ours / speed.median:.2f}",
+    )
+
+
+def _loading(row: Row, on: Machine) -> str:
+    nbytes, took = row.resident_bytes, row.load_seconds or 0.0
+    text = f"loaded {size(nbytes)} in {seconds(took)}, {rate(nbytes / took)}"
+    if on.upload is None:
+        return text
+    return f"{text}: {nbytes / took / on.upload:.0%} of the {rate(on.upload)} from pinned memory to the GPU"
+
+
+def _speed(speed: Speed) -> str:
+    return f"{_number(speed.median)} ({_number(speed.slowest)} – {_number(speed.fastest)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}"
