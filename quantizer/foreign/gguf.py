@@ -118,9 +118,9 @@ class _Model(GgufFile):
 def open_gguf(path: Path, original: ModelSpec | None = None) -> tuple[ModelSpec, Checkpoint, Gguf]:
     """The spec, the tensors under the names of a Hugging Face checkpoint, and their layout; reads the header.
 
-    ``original`` is the spec of the model that the file was made of, which then is the spec: it says what the file does
-    not. Raises DataError for a file that is broken, of another model, an architecture or a setting that lbq does not
-    know, StorageError where it cannot be read.
+    ``original`` is the spec of the model that the file was made of, which then is the spec, but for the head: it says
+    what the file does not. Raises DataError for a file that is broken, of another model, an architecture or a setting
+    that lbq does not know, StorageError where it cannot be read.
     """
     file = _Model(path)
     try:
@@ -128,7 +128,7 @@ def open_gguf(path: Path, original: ModelSpec | None = None) -> tuple[ModelSpec,
         spec = spec_of(msgspec.json.encode(_config(path, file.header, head)), path)
         if original is not None:
             _check_original(path, spec, original)
-            spec = original
+            spec = msgspec.structs.replace(original, tied=spec.tied)
         _check_rope(path, file.factors, spec)
         if _text(path, file.header.metadata, "general.architecture") == "llama":
             mixer = spec.layer(0).mixer

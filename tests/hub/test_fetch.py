@@ -59,6 +59,15 @@ def test_report_fetches_no_weights(hub: Hub, lbq: Lbq, kept_artifact: Path, tmp_
     assert hub.fetched() == ["lbq.json", "report.json"]
 
 
+@pytest.mark.usefixtures("on_hub")
+def test_export(lbq: Lbq, kept_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert lbq("export", NAME, "--to", "gptq").code == 0
+    assert lbq("export", kept_artifact, "--to", "gptq", "--out", "local").code == 0
+    found = tmp_path / f"{NAME.partition('/')[2]}-gptq"
+    assert (found / "model.safetensors").read_bytes() == (tmp_path / "local" / "model.safetensors").read_bytes()
+
+
 def test_a_revision_is_pinned(hub: Hub, lbq: Lbq, on_hub: str) -> None:
     hub.repos[NAME].refs["v1"] = on_hub
     hub.add(NAME, {"README.md": b"moved"})

@@ -57,13 +57,16 @@ def parse_hub_id(text: str, revision: str | None = None) -> HubId | None:
 def find_model(model: str | Path, revision: str | None = None) -> Path | HubId:
     """``model`` as the folder that it is, else as a Hub id.
 
-    Raises StorageError where it is neither, UsageError for a revision of a folder or one that git would not take.
+    Raises StorageError where it is neither, UsageError for a GGUF file, a revision of a folder or one that git would
+    not take.
     """
     path = Path(model)
     if path.is_dir():
         if revision is not None:
             raise UsageError(f"{model}: a folder has no revisions; leave out --revision")
         return path
+    if path.suffix == ".gguf" and path.is_file():
+        raise UsageError(f"{model}: a GGUF file; lbq import {model} --original MODEL makes an artifact of it")
     if path.exists():
         raise StorageError(f"{model}: not a folder; give the folder that holds config.json")
     hub_id = parse_hub_id(str(model), revision)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from hub_stub import Hub
 from safetensors.torch import load_file
 
 from lbq.conversion import convert
@@ -34,7 +35,7 @@ def test_there_and_back(write_checkpoint: Write, tmp_path: Path, family: str, bi
     source = write_checkpoint(tmp_path / "source", family, **PLAIN)
     made = convert(source, tmp_path / "made", bits=bits, group=32, lm_head=16, device="cpu")
     file = export(made.path, "gguf", tmp_path / "gguf").path / "made.gguf"
-    back = import_checkpoint(file, tmp_path / "back", original=source, strict=True)
+    back = import_checkpoint(file, tmp_path / "back", original=made.path if family == "qwen2" else source, strict=True)
     assert back.manifest.quantized == made.manifest.quantized
     assert back.manifest.spec == made.manifest.spec
     assert (back.manifest.summary.cosine, back.manifest.source.name) == (1.0, "made")
@@ -141,6 +142,8 @@ def test_faults(
     write: Callable[[Kind], Path], write_checkpoint: Write, original: Path, lbq: Lbq, tmp_path: Path
 ) -> None:
     path, out = write(Kind.Q4_0), tmp_path / "out"
+    for command in ("convert", "inspect"):
+        assert f"a GGUF file; lbq import {path} --original MODEL" in lbq(command, path).error
     assert "--original MODEL" in lbq("import", path, "--out", out).error
     assert "--original is for GGUF files" in lbq("import", original, "--original", original, "--out", out).error
     other = write_checkpoint(
@@ -152,3 +155,20 @@ def test_faults(
     assert lbq("import", path, "--original", original, "--out", out).code == 3
     assert lbq("import", tmp_path / "none.gguf", "--original", original, "--out", out).code in (2, 4)
     assert not out.exists()
+
+
+def test_an_original_on_the_hub(
+    hub: Hub, write: Callable[[Kind], Path], original: Path, lbq: Lbq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its small files are fetched, its weights are not."""
+    card = b"---\nlicense: mit\n---\n"
+    hub.add("user/model", {"README.md": card, **{path.name: path.read_bytes() for path in original.iterdir()}})
+    monkeypatch.chdir(tmp_path)
+    path = write(Kind.Q4_0)
+    done = lbq("import", path, "--original", "user/model")
+    assert done.code == 0, done.err
+    assert not any(name.endswith(".safetensors") for name in hub.fetched())
+    assert {"config.json", "tokenizer.json"} <= set(hub.fetched())
+    with open_artifact(tmp_path / "Q4_0-lbq") as artifact:
+        assert artifact.manifest.source.license is not None
+    assert lbq("verify", "Q4_0-lbq").code == 0
