@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from lbq.runtime.bench.sweep import Variant
 
 shape_option = click.option(
-    "--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape: nothing is fetched."
+    "--shape",
+    type=click.Choice(list(SHAPES)),
+    metavar="NAME",
+    help=f"Random weights of this shape, and nothing is fetched: {', '.join(SHAPES)}.",
 )
 
 
