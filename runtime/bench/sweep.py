@@ -173,7 +173,10 @@ def machine(device: torch.device) -> Machine:
         name, detail = _cpu_name(), f"{torch.get_num_threads()} threads"
     date = datetime.now(UTC).isoformat(timespec="seconds")
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
-    return Machine(name, detail, kind, copy_bandwidth(device), upload_bandwidth(device), str(torch.__version__), date)
+    copy, upload = copy_bandwidth(device), upload_bandwidth(device)
+    if kind == "cuda":
+        torch.cuda.empty_cache()  # what was copied is as large as a model
+    return Machine(name, detail, kind, copy, upload, str(torch.__version__), date)
 
 
 def _cpu_name() -> str:
