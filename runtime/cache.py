@@ -29,6 +29,9 @@ class KVCache:
     With ``fixed`` the whole context is allocated at once and its address never changes, which a CUDA graph needs.
     Otherwise the capacity doubles when it is used up. Slots are zeroed, not left to chance: a masked slot is still
     multiplied by zero, and zero times NaN is NaN.
+
+    As int8, every key and every value of a head has a scale of its own, its largest magnitude / 127: ``scales`` float32
+    [2, kv_heads, capacity], else None.
     """
 
     def __init__(
@@ -37,24 +40,65 @@ class KVCache:
         self.context = context
         capacity = context if fixed else min(context, FIRST_CAPACITY)
         self.kv = torch.zeros(2, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.scales: torch.Tensor | None = None
+        if dtype == torch.int8:
+            self.scales = torch.zeros(2, kv_heads, capacity, dtype=torch.float32, device=device)
 
     @property
     def nbytes(self) -> int:
-        return self.kv.nbytes
+        return self.kv.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` positions, at most ``context``."""
         assert length <= self.context
         capacity = self.kv.shape[2]
         if length > capacity:
-            grown = self.kv.new_zeros(
-                *self.kv.shape[:2], min(self.context, max(length, 2 * capacity)), self.kv.shape[3]
-            )
-            grown[:, :, :capacity] = self.kv
-            self.kv = grown
+            capacity = min(self.context, max(length, 2 * capacity))
+            self.kv = _grown(self.kv, capacity)
+            if self.scales is not None:
+                self.scales = _grown(self.scales, capacity)
+
+    def put(self, slots: slice | torch.Tensor, new: torch.Tensor) -> None:
+        """Keys and values of T tokens, float [T, 2 · kv_heads, head_dim], into T ``slots``: a slice or int64 [T]."""
+        entries = new.unflatten(1, (2, -1)).permute(1, 2, 0, 3)
+        if self.scales is not None:
+            entries, scales = eight(entries)
+            _put(self.scales, slots, scales)
+        _put(self.kv, slots, entries)
+
+    def held(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [kv_heads, stop − first, head_dim] of slots from ``first`` on.
+
+        Where they are int8, a copy of them: float16 on a GPU, float32 elsewhere.
+        """
+        kv = self.kv[:, :, first:stop]
+        if self.scales is not None:
+            kv = kv * self.scales[:, :, first:stop, None]
+            kv = kv.half() if kv.is_cuda else kv
+        return kv[0], kv[1]
 
     def truncate(self, length: int) -> None:
         """Nothing to do: slots from ``length`` on are written before they are read."""
+
+
+def eight(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors [..., n] as int8 and their scales, float32 [...]."""
+    scales = x.abs().amax(-1).float() / 127
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    return (x * inverse.unsqueeze(-1) + 0.5).floor().to(torch.int8), scales
+
+
+def _grown(slots: torch.Tensor, capacity: int) -> torch.Tensor:
+    grown = slots.new_zeros(*slots.shape[:2], capacity, *slots.shape[3:])
+    grown[:, :, : slots.shape[2]] = slots
+    return grown
+
+
+def _put(to: torch.Tensor, slots: slice | torch.Tensor, new: torch.Tensor) -> None:
+    if isinstance(slots, slice):
+        to[:, :, slots] = new
+    else:
+        to.index_copy_(2, slots, new.to(to.dtype))
 
 
 @dataclass

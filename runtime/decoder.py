@@ -35,6 +35,20 @@ class Mixer(Protocol):
         ...
 
 
+class Layers(Protocol):
+    """Takes many tokens through all layers of a decoder."""
+
+    chunk: int  # tokens at a time, at most
+
+    def __call__(self, ids: torch.Tensor, state: DecoderState, *, every: bool) -> torch.Tensor:
+        """Token ids, int64 [T ≤ chunk], behind the ``state.length`` that ``state`` holds; the length stays as it is.
+
+        Returns the residual stream behind the last layer, float32 [T, hidden]; without ``every`` it may be the last
+        token's alone, [1, hidden].
+        """
+        ...
+
+
 class Mlp:
     """down(act(gate(x)) · up(x))."""
 
@@ -81,23 +95,30 @@ class Decoder:
         return DecoderState(context, list(make))
 
     @torch.inference_mode()
-    def forward(self, ids: torch.Tensor, state: DecoderState, *, all_logits: bool = False) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, state: DecoderState, *, all_logits: bool = False, layers: Layers | None = None
+    ) -> torch.Tensor:
         """Append token ids, int64 [T], to ``state``.
 
         Returns the logits after the last token, float32 [V], or with ``all_logits`` after each, [T, V]. T may be any
-        length up to what ``state`` has left; CHUNK tokens are computed at a time.
+        length up to what ``state`` has left; CHUNK tokens are computed at a time, or as many as ``layers`` takes, which
+        stands in for the layers' own way.
         """
         total = ids.shape[0]
         assert 1 <= total <= state.context - state.length
         every = torch.empty(total, self.spec.vocab_size, device=self.device) if all_logits else None
         done = 0
-        for chunk in ids.split(CHUNK):
+        for chunk in ids.split(CHUNK if layers is None else layers.chunk):
             length = chunk.shape[0]
-            x = self._hidden(chunk, state, HostStep(state.length, length, self.device))
+            if layers is None:
+                x = self._hidden(chunk, state, HostStep(state.length, length, self.device))
+            else:
+                x = layers(chunk, state, every=all_logits)
             state.length += length
             if every is not None:
-                every[done : done + length] = self._logits(x)
-                done += length
+                for part in x.split(CHUNK):
+                    every[done : done + part.shape[0]] = self._logits(part)
+                    done += part.shape[0]
         return self._logits(x[-1:])[0] if every is None else every
 
     @torch.inference_mode()

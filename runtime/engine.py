@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lbq.formats.errors import UsageError
-from lbq.runtime.decoder import Decoder
+from lbq.runtime.decoder import Decoder, Layers
 
 
 class DecoderEngine:
@@ -20,6 +20,7 @@ class DecoderEngine:
         assert slots is None or slots >= context
         self.context = context
         self._decoder = decoder
+        self._layers = _prompt_layers(decoder)
         self._state = decoder.new_state(slots or context, dtype=cache_dtype, fixed=slots is not None)
 
     @property
@@ -29,11 +30,11 @@ class DecoderEngine:
 
     def prefill(self, ids: Sequence[int]) -> torch.Tensor:
         """Take in tokens; the logits after the last, float32 [V]. UsageError for ids or a length that do not fit."""
-        return self._decoder.forward(self._checked(ids), self._state)
+        return self._decoder.forward(self._checked(ids), self._state, layers=self._layers)
 
     def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Take in tokens; the logits after each, float32 [T, V]. UsageError as for :meth:`prefill`."""
-        return self._decoder.forward(self._checked(ids), self._state, all_logits=True)
+        return self._decoder.forward(self._checked(ids), self._state, all_logits=True, layers=self._layers)
 
     def decode(self, token: int) -> torch.Tensor:
         """Take in one token; the logits after it, float32 [V], valid until the next call."""
@@ -54,3 +55,12 @@ class DecoderEngine:
         if self.position + len(ids) > self.context:
             raise UsageError(f"{self.position} + {len(ids)} tokens do not fit into a context of {self.context}")
         return torch.tensor(ids, device=self._decoder.device)
+
+
+def _prompt_layers(decoder: Decoder) -> Layers | None:
+    """How ``decoder`` takes many tokens in, where its device has a way of its own."""
+    if decoder.device.type != "cuda":
+        return None
+    from lbq.runtime.prompts import PromptLayers, why_not  # Triton, which the CPU does not need
+
+    return PromptLayers(decoder) if why_not(decoder) is None else None

@@ -76,12 +76,12 @@ class HostStep(_Positions):
         start, length = self._start, self._length
         stop = start + length
         cache.reserve(stop)
-        if length == 1:
+        if length == 1 and cache.scales is None:  # a decode step on the CPU, where each call counts
             cache.kv.select(2, start).copy_(kv.view(2, -1, kv.shape[2]))
         else:
-            cache.kv[:, :, start:stop] = kv.unflatten(1, (2, -1)).permute(1, 2, 0, 3)
+            cache.put(slice(start, stop), kv)
         first = 0 if window is None else max(0, start + 1 - window)
-        k, v = cache.kv.narrow(2, first, stop - first).unbind(0)
+        k, v = cache.held(first, stop)
         if length == 1:
             return Seen(k, v, None, causal=False)
         if start == 0 and (window is None or stop <= window):
@@ -104,7 +104,6 @@ class DeviceStep(_Positions):
 
     def store(self, cache: KVCache, kv: torch.Tensor, window: int | None) -> Seen:
         """See :class:`Step`."""
-        new = kv.view(2, -1, 1, kv.shape[2]).to(cache.kv.dtype)
-        cache.kv.index_copy_(2, self._positions, new)
-        k, v = cache.kv.narrow(2, 0, self._slots.shape[0]).unbind(0)
+        cache.put(self._positions, kv)
+        k, v = cache.held(0, self._slots.shape[0])
         return Seen(k, v, self._mask(self._slots, window), causal=False)

@@ -96,3 +96,10 @@ def _wall_seconds(call: Callable[[], object], repeats: int) -> list[float]:
         call()
         found.append(time.perf_counter() - began)
     return found
+
+
+def spent(device: torch.device, call: Callable[[], object], repeats: int) -> float:
+    """Median seconds of ``call``, launched from Python as it is used, after one that is not counted."""
+    call()
+    found = (_cuda_seconds if device.type == "cuda" else _wall_seconds)(call, repeats)
+    return sorted(found)[repeats // 2]

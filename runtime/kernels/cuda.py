@@ -54,10 +54,10 @@ class CudaLinear:
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None, *, exact: bool = False) -> None:
         self.weight = gemv.arrange(weight)
         self.bias = _checked_bias(bias, weight.n, weight.words.device)
-        self._norms = dequant.row_norms(self.weight)
+        self.norms = dequant.row_norms(self.weight)
         self.exact = exact
         self.n, self.k = weight.n, weight.k
-        self.resident_bytes = self.weight.nbytes + self._norms.nbytes
+        self.resident_bytes = self.weight.nbytes + self.norms.nbytes
         self.resident_bytes += 0 if self.bias is None else self.bias.nbytes
         self.kernel = _name(weight.bits, exact=exact)
 
@@ -68,7 +68,7 @@ class CudaLinear:
         if self.exact:
             return dequant.exact_matmul(x, self.weight, self.bias)
         if x.shape[0] > GEMV_TOKENS:
-            return dequant.matmul(x, self.weight, self._norms, self.bias)
+            return dequant.matmul(x, self.weight, self.norms, self.bias)
         return gemv.gemv(gemv.quantize(x, self.weight.bits), self.weight, self.bias)
 
 

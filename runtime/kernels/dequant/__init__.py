@@ -12,11 +12,12 @@ Exact: weights in float32, which holds them exactly, and float32 products and su
 from __future__ import annotations
 
 import torch
-from triton import cdiv
+from triton import cdiv, next_power_of_2
 
 from lbq.runtime.kernels.dense import float32_product, full_float32
 from lbq.runtime.kernels.dequant import triton as kernels
 from lbq.runtime.kernels.gemv import ArrangedWeight
+from lbq.runtime.kernels.gemv.tiles import codes_a_column
 
 SCRATCH_BYTES = 64 << 20
 ACTIVATION_PEAK = 2.0**14
@@ -35,26 +36,30 @@ def dequantize(
     assert out.shape == (rows, weight.k)
     assert out.is_contiguous()
     assert out.numel() < 2**31  # offsets in the kernel are 32 bits wide
-    block_n, block_k = 4, 512
+    codes = codes_a_column(weight.bits)
+    words = -(-weight.k // codes)
+    block_n, block_w = 4, min(2048 // codes, next_power_of_2(words))
     scales = weight.scales[start:stop]
-    kernels.dequantize[(cdiv(rows, block_n), cdiv(weight.k, block_k))](
+    kernels.dequantize[(cdiv(rows, block_n), cdiv(words, block_w))](
         weight.words[start:stop],
         scales,
         scales if norms is None else norms[start:stop],
         out,
         rows,
         weight.k,
-        weight.group,
+        words,
+        scales.shape[1],
+        G=0 if scales.shape[1] == 1 else weight.group,
         BITS=weight.bits,
         RELATIVE=norms is not None,
         BN=block_n,
-        BK=block_k,
+        BW=block_w,
         num_warps=4,
     )
     return out
 
 
-def _tiles(n: int, row_bytes: int, scratch_bytes: int) -> list[tuple[int, int]]:
+def tiles(n: int, row_bytes: int, scratch_bytes: int) -> list[tuple[int, int]]:
     """[start, stop) of tiles of rows that fit the scratch; multiples of 128 rows where that many fit."""
     rows = max(1, scratch_bytes // row_bytes)
     rows = rows // 128 * 128 or rows
@@ -74,9 +79,9 @@ def matmul(
     x16 = (x * (ACTIVATION_PEAK / peak)).half()
     unit = peak / ACTIVATION_PEAK
     y = torch.empty((x.shape[0], weight.n), dtype=torch.float32, device=x.device)
-    tiles = _tiles(weight.n, 2 * weight.k, scratch_bytes)
-    scratch = torch.empty((tiles[0][1], weight.k), dtype=torch.float16, device=x.device)
-    for start, stop in tiles:
+    parts = tiles(weight.n, 2 * weight.k, scratch_bytes)
+    scratch = torch.empty((parts[0][1], weight.k), dtype=torch.float16, device=x.device)
+    for start, stop in parts:
         w16 = dequantize(weight, start, stop, scratch[: stop - start], norms)
         torch.mul(float32_product(x16, w16).mul_(unit), norms[start:stop], out=y[:, start:stop])
     return y if bias is None else y.add_(bias)
@@ -87,9 +92,9 @@ def exact_matmul(
 ) -> torch.Tensor:
     """x [M, K] · Wᵀ + bias with float32 products and sums: float32 [M, N]."""
     y = torch.empty((x.shape[0], weight.n), dtype=torch.float32, device=x.device)
-    tiles = _tiles(weight.n, 4 * weight.k, scratch_bytes)
-    scratch = torch.empty((tiles[0][1], weight.k), dtype=torch.float32, device=x.device)
+    parts = tiles(weight.n, 4 * weight.k, scratch_bytes)
+    scratch = torch.empty((parts[0][1], weight.k), dtype=torch.float32, device=x.device)
     with full_float32():
-        for start, stop in tiles:
+        for start, stop in parts:
             y[:, start:stop] = x @ dequantize(weight, start, stop, scratch[: stop - start]).t()
     return y if bias is None else y.add_(bias)

@@ -1,6 +1,6 @@
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""Triton kernel that opens a tile of rows of a packed matrix into a scratch."""
+"""Triton kernel that opens rows of a packed matrix into 16 bits or float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def dequantize(
     w_ptr,
     s_ptr,
@@ -16,34 +16,44 @@ def dequantize(
     out_ptr,
     ROWS,
     K,
-    G,
+    WORDS,
+    GROUPS,
+    G: tl.constexpr,
     BITS: tl.constexpr,
     RELATIVE: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
+    BW: tl.constexpr,
 ):
     """out[n, k] = (code − 2^(BITS−1)) · s[n, k // G], over norm[n] if RELATIVE; out [ROWS, K] of any float type.
 
-    w is as gemv/triton.py's kernels read it. Threads of a word load it together, so the loads coalesce; stores set
-    the pace.
+    w is as gemv/triton.py's kernels read it: WORDS words a row, at 3 bits three runs of them; s [ROWS, GROUPS], and G 0
+    where a row has one scale. A word is loaded once, with the scale of its codes, and spread over the 4, 8 or 32
+    elements that it holds: what a thread stores at once, 16 bytes in 16 bits, comes from one word or two.
     """
+    C: tl.constexpr = 32 if BITS == 3 else 32 // BITS
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    e = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
-    inside = (rows < ROWS)[:, None] & (e < K)
+    word = tl.program_id(1) * BW + tl.arange(0, BW)
+    there = (rows < ROWS)[:, None] & (word < WORDS)[None, :]
+    i = tl.arange(0, C)[None, None, :]
     if BITS == 3:
-        columns = (K + 31) // 32
-        w = w_ptr + rows[:, None] * (3 * columns) + e // 32
-        first_bit = e % 32 // 8 * 8
-        low = tl.load(w + e % 8 // 4 * columns, mask=inside, other=0) >> (first_bit + e % 4 * 2)
-        high = tl.load(w + 2 * columns, mask=inside, other=0) >> (e % 32)
-        code = (low & 3) - (high & 1) * 4
+        at = w_ptr + rows[:, None] * (3 * WORDS) + word[None, :]
+        low = tl.load(at, mask=there, other=0)[:, :, None]
+        low1 = tl.load(at + WORDS, mask=there, other=0)[:, :, None]
+        high = tl.load(at + 2 * WORDS, mask=there, other=0)[:, :, None]
+        fields = tl.where(i % 8 < 4, low, low1) >> (i // 8 * 8 + i % 4 * 2)
+        code = (fields & 3) - ((high >> i) & 1) * 4
     else:
-        C: tl.constexpr = 32 // BITS
-        w = tl.load(w_ptr + rows[:, None] * ((K + C - 1) // C) + e // C, mask=inside, other=0)
-        code = ((w >> (e % C * BITS)) & ((1 << BITS) - 1)) - (1 << (BITS - 1))
-    scale = tl.load(s_ptr + rows[:, None] * (K // G) + e // G, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + rows[:, None] * WORDS + word[None, :], mask=there, other=0)
+        code = ((w[:, :, None] >> (i * BITS)) & ((1 << BITS) - 1)) - (1 << (BITS - 1))
+    if G:
+        group = tl.minimum(word * C // G, GROUPS - 1)
+        scale = tl.load(s_ptr + rows[:, None] * GROUPS + group[None, :], mask=there, other=0.0).to(tl.float32)
+    else:
+        scale = tl.load(s_ptr + rows, mask=rows < ROWS, other=0.0).to(tl.float32)[:, None]
     if RELATIVE:
         norm = tl.load(norm_ptr + rows, mask=rows < ROWS, other=1.0)
         scale = scale * tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)[:, None]
-    value = code.to(tl.float32) * scale
-    tl.store(out_ptr + rows[:, None] * K + e, value.to(out_ptr.dtype.element_ty), mask=inside)
+    value = code.to(tl.float32) * scale[:, :, None]
+    value = tl.reshape(value, (BN, BW * C)).to(out_ptr.dtype.element_ty)
+    e = tl.program_id(1) * (BW * C) + tl.arange(0, BW * C)
+    tl.store(out_ptr + rows[:, None] * K + e[None, :], value, mask=(rows < ROWS)[:, None] & (e < K)[None, :])

@@ -1,0 +1,206 @@
+"""Prompts: how fast, next to torch's BF16 products of the same shapes in the same run; and where the time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch.nn.attention import sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from lbq.runtime.attention import CUDA_BACKENDS, AttentionMixer
+from lbq.runtime.bench.context import Bench, Model
+from lbq.runtime.bench.timing import spent
+from lbq.runtime.cache import KVCache
+from lbq.runtime.decoder import Decoder
+from lbq.runtime.kernels import prompt
+from lbq.runtime.kernels.attention import Cache, Heads, Norms
+from lbq.runtime.kernels.cuda import CudaLinear
+from lbq.runtime.kernels.dequant import dequantize
+from lbq.runtime.prompts import CHUNK, PromptLayers
+
+Call = Callable[[], object]
+KL_BOUND = 1e-3
+
+
+def check_prompt(bench: Bench, model: Model, tokens: int = 300) -> None:
+    """Logits of a short prompt against float32 on the same weights, of four layers: both ways keep all of them."""
+    layers = 2 if bench.toy else 4
+    tokens = 120 if bench.toy else tokens
+    ids = _ids(bench, model.decoder(bench.device, layers=1), tokens)
+    rows = []
+    exact = model.decoder(bench.device, layers=layers, exact=True)
+    expected = exact.forward(ids, exact.new_state(tokens, fixed=True), all_logits=True).double().log_softmax(1)
+    del exact
+    decoder = model.decoder(bench.device, layers=layers)
+    for name, dtype, own in (
+        ("its own layers", torch.float16, True),
+        ("its own layers, int8 cache", torch.int8, True),
+        ("the decoder's layers", torch.float16, False),
+    ):
+        state = decoder.new_state(tokens, dtype=dtype, fixed=True)
+        with_ = PromptLayers(decoder) if own else None
+        got = decoder.forward(ids, state, all_logits=True, layers=with_).double().log_softmax(1)
+        kl = (expected.exp() * (expected - got)).sum(1)
+        bad = "" if float(kl.max()) <= KL_BOUND else " **too much**"
+        rows.append(f"| {name} | {float(kl.mean()):.1e} | {float(kl.max()):.1e}{bad} |")
+    bench.say("| way | mean KL to float32 | largest |\n|---|---|---|\n" + "\n".join(rows))
+
+
+def _ids(bench: Bench, decoder: Decoder, tokens: int) -> torch.Tensor:
+    random = torch.Generator(bench.device).manual_seed(5)
+    return torch.randint(0, decoder.spec.vocab_size, (tokens,), device=bench.device, generator=random)
+
+
+def prefill(bench: Bench, model: Model, lengths: tuple[int, ...] = (512, 2048, 8192)) -> None:
+    """Whole prompts: the share is FLOPs of linear layers ÷ time ÷ torch's BF16 rate at those shapes."""
+    lengths = (130,) if bench.toy else lengths
+    decoder = model.decoder(bench.device)
+    layers = PromptLayers(decoder)
+    bench.say("| tokens | cache | ms | tokens/s | linear TFLOP/s | torch BF16 TFLOP/s | share | peak beside weights |")
+    bench.say("|---|---|---|---|---|---|---|---|")
+    for tokens in lengths:
+        ids = _ids(bench, decoder, tokens)
+        rate = _bf16_rate(bench, decoder, min(tokens, CHUNK))
+        for dtype in (torch.float16, torch.int8):
+            state = decoder.new_state(tokens, dtype=dtype, fixed=True)
+            held = _peak(bench, reset=True)
+
+            def run(ids: torch.Tensor = ids, state=state) -> None:  # type: ignore[no-untyped-def]
+                state.length = 0
+                decoder.forward(ids, state, layers=layers)
+
+            seconds = spent(bench.device, run, 5 if tokens <= 2048 else 3)
+            flops = _linear_flops(decoder, tokens)
+            bench.say(
+                f"| {tokens} | {str(dtype).removeprefix('torch.')} | {seconds * 1e3:.2f} | {tokens / seconds:.0f} "
+                f"| {flops / seconds / 1e12:.0f} | {rate / 1e12:.0f} | {flops / seconds / rate:.0%} "
+                + f"| {(_peak(bench) - held) / 1e6:.0f} MB |"
+            )
+            del state
+    bench.say()
+    for tokens in lengths[:2]:
+        _parts(bench, decoder, tokens)
+
+
+def _peak(bench: Bench, *, reset: bool = False) -> int:
+    if bench.device.type != "cuda":
+        return 0
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()
+
+
+def _matrices(decoder: Decoder) -> list[CudaLinear]:
+    layer = decoder.layers[0]
+    assert isinstance(layer.mixer, AttentionMixer)
+    found = (layer.mixer.qkv, layer.mixer.out, layer.mlp.gate_up, layer.mlp.down)
+    return [linear for linear in found if isinstance(linear, CudaLinear)]
+
+
+def _linear_flops(decoder: Decoder, tokens: int) -> float:
+    """Of the products that are done: behind the last layer's keys and values only the last token goes on."""
+    sizes = [2.0 * linear.n * linear.k for linear in _matrices(decoder)]
+    head = 2.0 * decoder.spec.vocab_size * decoder.spec.hidden_size
+    whole = len(decoder.layers) - 1
+    return tokens * (whole * sum(sizes) + sizes[0]) + sum(sizes[1:]) + head
+
+
+def _bf16_rate(bench: Bench, decoder: Decoder, tokens: int) -> float:
+    """FLOP/s of torch's BF16 products of one layer's four shapes, one after the other."""
+    calls: list[Call] = []
+    flops = 0.0
+    for linear in _matrices(decoder):
+        x = torch.randn(tokens, linear.k, device=bench.device).bfloat16()
+        w = torch.randn(linear.n, linear.k, device=bench.device).bfloat16()
+        calls.append(partial(torch.mm, x, w.t()))
+        flops += 2.0 * tokens * linear.n * linear.k
+    return flops / (bench.clock.seconds(calls, replays=9, least=8) * len(calls))
+
+
+def _parts(bench: Bench, decoder: Decoder, tokens: int) -> None:
+    """One layer's parts by themselves, times the number of layers."""
+    layer = decoder.layers[0]
+    mixer = layer.mixer
+    assert isinstance(mixer, AttentionMixer)
+    spec, device = mixer.spec, bench.device
+    shape = Heads(
+        spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim, spec.rope.dims, spec.scale, spec.window
+    )
+    cache = KVCache(spec.kv_heads, spec.head_dim, tokens, dtype=torch.float16, device=device, fixed=True)
+    held, hidden = Cache(cache.kv), decoder.spec.hidden_size
+    norm = Norms(layer.mixer_norm.weight, layer.mixer_norm.eps)
+    x = torch.randn(tokens, hidden, device=device)
+    angles = (torch.rand(tokens, spec.rope.dims // 2, device=device),) * 2
+    matrices = _matrices(decoder)
+    operands = [prompt.operand(torch.randn(tokens, linear.k, device=device)) for linear in matrices]
+    results = [prompt.multiply(o, m.weight, m.norms, m.bias) for o, m in zip(operands, matrices, strict=True)]
+    opened = [torch.empty(m.n, m.k, dtype=torch.float16, device=device) for m in matrices]
+    q = prompt.heads(results[0], shape, None, None, angles, 0, held)
+    split = q.view(tokens, spec.heads, spec.head_dim).transpose(0, 1)
+    keys = [each.repeat_interleave(shape.group, 0) for each in cache.held(0, tokens)]
+
+    def sdpa() -> torch.Tensor:
+        with sdpa_kernel(CUDA_BACKENDS):
+            return scaled_dot_product_attention(split, *keys, is_causal=True)
+
+    parts: dict[str, list[Call]] = {
+        "dequantise": [partial(dequantize, m.weight, 0, m.n, to, m.norms) for m, to in zip(matrices, opened, strict=True)],
+        "float16 products": [
+            partial(torch.mm, o.values, to.t()) for o, to in zip(operands, opened, strict=True) if bench.device.type == "cuda"
+        ],
+        "attention": [partial(prompt.attend, q, shape, 0, held)],
+        "(torch's attention)": [sdpa],
+        "norms": [partial(prompt.add_norm, x, results[1], norm), partial(prompt.add_norm, x, results[3], norm)],
+        "heads": [partial(prompt.heads, results[0], shape, None, None, angles, 0, held)],
+        "operand": [partial(prompt.operand, q)],
+        "gate": [partial(prompt.gate, results[2], layer.mlp.activation)],
+    }
+    moved = {
+        "dequantise": sum(m.weight.nbytes + 2 * m.n * m.k for m in matrices),
+        "norms": 2 * tokens * hidden * (4 + 4 + 2 + 2),
+        "heads": 2 * results[0].values.nbytes,
+        "operand": 2 * q.nbytes,
+        "gate": results[2].values.nbytes * 3 // 2,
+    }
+    bench.say(f"| {tokens} tokens: part of a layer | µs | of copy bandwidth |\n|---|---|---|")
+    for name, calls in parts.items():
+        if calls:
+            seconds = bench.clock.seconds(calls, replays=9, least=8) * len(calls)
+            share = f"{moved[name] / seconds / bench.copy:.0%}" if name in moved else ""
+            bench.say(f"| {name} | {seconds * 1e6:.0f} | {share} |")
+    bench.say()
+
+
+def causal(bench: Bench) -> None:
+    """Causal attention of prompts beside torch's, and of a chunk at depth on both caches."""
+    heads = Heads(2, 2, 64, 64, 0.125) if bench.toy else Heads(8, 4, 128, 128, 128**-0.5)
+    bench.say("| heads×dim | tokens | behind | cache | µs | TFLOP/s | torch µs |\n|---|---|---|---|---|---|---|")
+    small = [(replace(heads, kv_heads=n, group=1, dim=64, rope_dims=64, scale=0.125), m, 0) for n in (4, 8) for m in (128, 512)]
+    deep = [(heads, 2048, 0), (heads, 8192, 0), (heads, 2048, 30720), (heads, 2048, 129024)]
+    for shape, m, start in [(heads, 40, 20)] if bench.toy else [*small, *deep]:
+        for dtype in (torch.float16, torch.int8):
+            cache = KVCache(shape.kv_heads, shape.dim, start + m, dtype=dtype, device=bench.device, fixed=True)
+            if dtype == torch.int8:
+                cache.kv.random_(-127, 128)
+                assert cache.scales is not None
+                cache.scales.uniform_(0.005, 0.01)
+            else:
+                cache.kv.normal_()
+            q = torch.randn(m, shape.kv_heads * shape.group * shape.dim, device=bench.device).half()
+            least = max(1, min(20, (1 << 26) // (m * (start + m))))
+            run = partial(prompt.attend, q, shape, start, Cache(cache.kv, cache.scales))
+            seconds = bench.clock.seconds([run], replays=7, least=least)
+            flops = 4.0 * shape.kv_heads * shape.group * shape.dim * m * (start + m / 2)
+            other = ""
+            if dtype == torch.float16 and start == 0 and not bench.toy:
+                split = q.view(m, -1, shape.dim).transpose(0, 1)
+                keys = [each.repeat_interleave(shape.group, 0) for each in cache.held(0, m)]
+                theirs = partial(scaled_dot_product_attention, split, *keys, is_causal=True)
+                other = f"{bench.clock.seconds([theirs], replays=7, least=least) * 1e6:.1f}"
+            bench.say(
+                f"| {shape.kv_heads * shape.group}×{shape.dim} | {m} | {start} | {str(dtype).removeprefix('torch.')} "
+                f"| {seconds * 1e6:.1f} | {flops / seconds / 1e12:.0f} | {other} |"
+            )

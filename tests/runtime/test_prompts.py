@@ -1,0 +1,121 @@
+"""A prompt's own layers against float32, on a tiny model of every family; see kernels/test_interpreted.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from lbq.formats.packing import PackedWeight
+from lbq.runtime import prompts
+from lbq.runtime.binding import bind
+from lbq.runtime.decoder import Decoder
+from lbq.runtime.engine import DecoderEngine
+from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
+from lbq.runtime.kernels.gemv.triton import INTERPRETED
+from lbq.runtime.kernels.linear import Linear
+from lbq.runtime.prompts import PromptLayers, why_not
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+IDS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(8))
+
+
+@dataclass
+class Kernels:
+    """A CUDA device's kernels, under the interpreter as well."""
+
+    exact: bool = False
+    device: torch.device = field(default_factory=lambda: DEVICE)
+
+    def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
+        there = PackedWeight(weight.words.to(DEVICE), weight.scales.to(DEVICE), weight.bits, weight.group, weight.k)
+        return CudaLinear(there, bias, exact=self.exact)
+
+    def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return DenseCudaLinear(weight.to(DEVICE), bias, exact=self.exact)
+
+
+@pytest.fixture(autouse=True)
+def many(monkeypatch):
+    """Few tokens count as many, and a prompt has several chunks."""
+    monkeypatch.setattr(prompts, "FEW", 4)
+    monkeypatch.setattr(PromptLayers, "chunk", 17)
+
+
+def divergence(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """The largest KL of rows of logits, in float64."""
+    p, q = expected.double().cpu().log_softmax(-1), got.double().cpu().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).max())
+
+
+def through(decoder: Decoder, ids: torch.Tensor, *, all_logits: bool, dtype: torch.dtype = torch.float16):
+    """Logits, and the state, of ids that went through a prompt's own layers."""
+    state = decoder.new_state(64, dtype=dtype, fixed=True)
+    return decoder.forward(ids.to(DEVICE), state, all_logits=all_logits, layers=PromptLayers(decoder)), state
+
+
+def test_every_family(tiny, reference_kernels):
+    reference = bind(tiny.weights, reference_kernels).decoder
+    state = reference.new_state(64, fixed=True)
+    expected = reference.forward(IDS, state, all_logits=True)
+    decoder = bind(tiny.weights, Kernels()).decoder
+    assert why_not(decoder) is None
+    every, held = through(decoder, IDS, all_logits=True)
+    assert divergence(expected, every) <= 1e-4
+    assert held.length == len(IDS)
+    for layer, other in zip(held.layers, state.layers, strict=True):
+        torch.testing.assert_close(layer.kv.float().cpu(), other.kv, rtol=2e-3, atol=2e-3 * float(other.kv.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama-linear-biased", "qwen2-some-windows"])
+def test_the_last_token_alone(make_tiny, family):
+    decoder = bind(make_tiny(family).weights, Kernels()).decoder
+    every, full = through(decoder, IDS, all_logits=True)
+    last, held = through(decoder, IDS, all_logits=False)
+    assert divergence(every[-1], last) <= 1e-6
+    for layer, other in zip(held.layers, full.layers, strict=True):
+        assert torch.equal(layer.kv, other.kv)
+
+
+def test_dense_layers(make_tiny, reference_kernels):
+    tiny = make_tiny("llama3-rope", num_hidden_layers=2)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weight = tiny.weights.quantized.pop(f"model.layers.1.{name}")
+        tiny.weights.tensors[f"model.layers.1.{name}.weight"] = weight.dequantize().to(torch.bfloat16)
+    expected = DecoderEngine(bind(tiny.weights, reference_kernels).decoder, 64).all_logits(IDS.tolist())
+    got, _ = through(bind(tiny.weights, Kernels()).decoder, IDS, all_logits=True)
+    assert divergence(expected, got) <= 1e-4
+
+
+def test_int8_caches(make_tiny, reference_kernels):
+    """As the decoder itself takes a prompt in, on such a cache."""
+    tiny = make_tiny("qwen3-qk-norm", num_hidden_layers=2)
+    reference = bind(tiny.weights, reference_kernels).decoder
+    state = reference.new_state(64, dtype=torch.int8, fixed=True)
+    expected = reference.forward(IDS, state, all_logits=True)
+    got, held = through(bind(tiny.weights, Kernels()).decoder, IDS, all_logits=True, dtype=torch.int8)
+    assert divergence(expected, got) <= 1e-3
+    torch.testing.assert_close(held.layers[0].scales.cpu(), state.layers[0].scales, rtol=2e-3, atol=1e-6)
+    assert int((held.layers[0].kv.cpu().int() - state.layers[0].kv.int()).abs().max()) <= 1
+
+
+def test_what_it_does_not_know(make_tiny, reference_kernels):
+    model = make_tiny("llama-tied")
+    assert "layer 0 runs by reference INT4" in why_not(bind(model.weights, reference_kernels).decoder)
+    assert "float32 matmul" in why_not(bind(model.weights, Kernels(exact=True)).decoder)
+    decoder = bind(model.weights, Kernels()).decoder
+    decoder.layers[1].mixer = object()
+    assert why_not(decoder) == "layer 1 mixes tokens by object"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there an engine's device is a CPU")
+def test_engines_use_them(make_tiny):
+    decoder = bind(make_tiny("llama-tied").weights, Kernels()).decoder
+    engine = DecoderEngine(decoder, 64, cache_dtype=torch.float16, slots=64)
+    assert isinstance(engine._layers, PromptLayers)
+    ids = IDS.tolist()
+    assert torch.equal(engine.all_logits(ids), through(decoder, IDS, all_logits=True)[0])
+    assert DecoderEngine(bind(make_tiny("llama-tied").weights, Kernels(exact=True)).decoder, 64)._layers is None
