@@ -98,9 +98,7 @@ def _layer(
     cache.reserve(start + tokens)
     shape, held = _heads(mixer), Cache(cache.kv, cache.scales)
     normed = prompt.add_norm(x, y, _norm(layer.mixer_norm))
-    q = prompt.heads(
-        _product(normed, mixer.qkv), shape, _norm(mixer.q_norm), _norm(mixer.k_norm), angles, start, held
-    )
+    q = prompt.heads(_product(normed, mixer.qkv), shape, _norm(mixer.q_norm), _norm(mixer.k_norm), angles, start, held)
     if last and tokens > 1:
         x, q, start = x[-1:].clone(), q[-1:], start + tokens - 1
     attended = prompt.operand(prompt.attend(q, shape, start, held))

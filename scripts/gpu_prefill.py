@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check and time prompts on a GPU: ``PYTHONPATH=src python3 scripts/gpu_prefill.py [--models shape:bits,…] [--out FILE]``.
+"""Check and time prompts on a GPU: ``PYTHONPATH=src python3 scripts/gpu_prefill.py [--out FILE]``.
 
 Tables are Markdown. ``--toy`` runs all of it at a toy size in Triton's interpreter on a CPU, where times mean nothing.
 """

@@ -19,6 +19,7 @@ from lbq.runtime.kernels import prompt
 from lbq.runtime.kernels.attention import Cache, Heads, Norms
 from lbq.runtime.kernels.cuda import CudaLinear
 from lbq.runtime.kernels.dequant import dequantize
+from lbq.runtime.kernels.prompt import float16_product
 from lbq.runtime.prompts import CHUNK, PromptLayers
 
 Call = Callable[[], object]
@@ -121,64 +122,75 @@ def _bf16_rate(bench: Bench, decoder: Decoder, tokens: int) -> float:
 
 
 def _parts(bench: Bench, decoder: Decoder, tokens: int) -> None:
-    """One layer's parts by themselves, times the number of layers."""
+    """One layer's parts by themselves."""
+    parts, moved = _layer_parts(decoder, tokens, bench.device)
+    bench.say(f"| {tokens} tokens: part of a layer | µs | of copy bandwidth |\n|---|---|---|")
+    for name, calls in parts.items():
+        seconds = bench.clock.seconds(calls, replays=9, least=8) * len(calls)
+        share = f"{moved[name] / seconds / bench.copy:.0%}" if name in moved else ""
+        bench.say(f"| {name} | {seconds * 1e6:.0f} | {share} |")
+    bench.say()
+
+
+def _layer_parts(decoder: Decoder, tokens: int, device: torch.device) -> tuple[dict[str, list[Call]], dict[str, int]]:
+    """What a layer does to so many tokens, by name, and the bytes that it moves where those decide."""
     layer = decoder.layers[0]
     mixer = layer.mixer
     assert isinstance(mixer, AttentionMixer)
-    spec, device = mixer.spec, bench.device
-    shape = Heads(
-        spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim, spec.rope.dims, spec.scale, spec.window
-    )
-    cache = KVCache(spec.kv_heads, spec.head_dim, tokens, dtype=torch.float16, device=device, fixed=True)
-    held, hidden = Cache(cache.kv), decoder.spec.hidden_size
+    spec = mixer.spec
+    shape = Heads(spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim, spec.rope.dims, spec.scale, spec.window)
+    held = Cache(KVCache(spec.kv_heads, spec.head_dim, tokens, dtype=torch.float16, device=device, fixed=True).kv)
     norm = Norms(layer.mixer_norm.weight, layer.mixer_norm.eps)
-    x = torch.randn(tokens, hidden, device=device)
+    x = torch.randn(tokens, decoder.spec.hidden_size, device=device)
     angles = (torch.rand(tokens, spec.rope.dims // 2, device=device),) * 2
     matrices = _matrices(decoder)
-    operands = [prompt.operand(torch.randn(tokens, linear.k, device=device)) for linear in matrices]
+    operands = [prompt.operand(torch.randn(tokens, m.k, device=device)) for m in matrices]
     results = [prompt.multiply(o, m.weight, m.norms, m.bias) for o, m in zip(operands, matrices, strict=True)]
     opened = [torch.empty(m.n, m.k, dtype=torch.float16, device=device) for m in matrices]
+    pairs = list(zip(matrices, operands, opened, strict=True))
     q = prompt.heads(results[0], shape, None, None, angles, 0, held)
-    split = q.view(tokens, spec.heads, spec.head_dim).transpose(0, 1)
-    keys = [each.repeat_interleave(shape.group, 0) for each in cache.held(0, tokens)]
-
-    def sdpa() -> torch.Tensor:
-        with sdpa_kernel(CUDA_BACKENDS):
-            return scaled_dot_product_attention(split, *keys, is_causal=True)
-
     parts: dict[str, list[Call]] = {
-        "dequantise": [partial(dequantize, m.weight, 0, m.n, to, m.norms) for m, to in zip(matrices, opened, strict=True)],
-        "float16 products": [
-            partial(torch.mm, o.values, to.t()) for o, to in zip(operands, opened, strict=True) if bench.device.type == "cuda"
-        ],
+        "dequantise": [partial(dequantize, m.weight, 0, m.n, to, m.norms) for m, _, to in pairs],
+        "float16 products": [partial(float16_product, o.values, to) for _, o, to in pairs],
         "attention": [partial(prompt.attend, q, shape, 0, held)],
-        "(torch's attention)": [sdpa],
+        "(torch's attention)": [_torch_attention(q, shape, held)],
         "norms": [partial(prompt.add_norm, x, results[1], norm), partial(prompt.add_norm, x, results[3], norm)],
         "heads": [partial(prompt.heads, results[0], shape, None, None, angles, 0, held)],
         "operand": [partial(prompt.operand, q)],
         "gate": [partial(prompt.gate, results[2], layer.mlp.activation)],
     }
     moved = {
-        "dequantise": sum(m.weight.nbytes + 2 * m.n * m.k for m in matrices),
-        "norms": 2 * tokens * hidden * (4 + 4 + 2 + 2),
+        "dequantise": sum(m.weight.nbytes + to.nbytes for m, _, to in pairs),
+        "norms": 2 * x.numel() * (4 + 4 + 2 + 2),
         "heads": 2 * results[0].values.nbytes,
         "operand": 2 * q.nbytes,
         "gate": results[2].values.nbytes * 3 // 2,
     }
-    bench.say(f"| {tokens} tokens: part of a layer | µs | of copy bandwidth |\n|---|---|---|")
-    for name, calls in parts.items():
-        if calls:
-            seconds = bench.clock.seconds(calls, replays=9, least=8) * len(calls)
-            share = f"{moved[name] / seconds / bench.copy:.0%}" if name in moved else ""
-            bench.say(f"| {name} | {seconds * 1e6:.0f} | {share} |")
-    bench.say()
+    return parts, moved
+
+
+def _torch_attention(q: torch.Tensor, heads: Heads, held: Cache) -> Call:
+    """The same by torch, from the first token on: of [1, heads, M, dim], which is what its flash attention takes."""
+    m = q.shape[0]
+    split = q.view(1, m, -1, heads.dim).transpose(1, 2)
+    k, v = (each[:, :m].repeat_interleave(heads.group, 0).unsqueeze(0) for each in held.kv)
+
+    def run() -> torch.Tensor:
+        with sdpa_kernel(CUDA_BACKENDS):
+            return scaled_dot_product_attention(split, k, v, is_causal=True, scale=heads.scale)
+
+    return run
 
 
 def causal(bench: Bench) -> None:
     """Causal attention of prompts beside torch's, and of a chunk at depth on both caches."""
     heads = Heads(2, 2, 64, 64, 0.125) if bench.toy else Heads(8, 4, 128, 128, 128**-0.5)
     bench.say("| heads×dim | tokens | behind | cache | µs | TFLOP/s | torch µs |\n|---|---|---|---|---|---|---|")
-    small = [(replace(heads, kv_heads=n, group=1, dim=64, rope_dims=64, scale=0.125), m, 0) for n in (4, 8) for m in (128, 512)]
+    small = [
+        (replace(heads, kv_heads=n, group=1, dim=64, rope_dims=64, scale=0.125), m, 0)
+        for n in (4, 8)
+        for m in (128, 512)
+    ]
     deep = [(heads, 2048, 0), (heads, 8192, 0), (heads, 2048, 30720), (heads, 2048, 129024)]
     for shape, m, start in [(heads, 40, 20)] if bench.toy else [*small, *deep]:
         for dtype in (torch.float16, torch.int8):
@@ -196,9 +208,7 @@ def causal(bench: Bench) -> None:
             flops = 4.0 * shape.kv_heads * shape.group * shape.dim * m * (start + m / 2)
             other = ""
             if dtype == torch.float16 and start == 0 and not bench.toy:
-                split = q.view(m, -1, shape.dim).transpose(0, 1)
-                keys = [each.repeat_interleave(shape.group, 0) for each in cache.held(0, m)]
-                theirs = partial(scaled_dot_product_attention, split, *keys, is_causal=True)
+                theirs = _torch_attention(q, shape, Cache(cache.kv))
                 other = f"{bench.clock.seconds([theirs], replays=7, least=least) * 1e6:.1f}"
             bench.say(
                 f"| {shape.kv_heads * shape.group}×{shape.dim} | {m} | {start} | {str(dtype).removeprefix('torch.')} "

@@ -38,7 +38,7 @@ def dequantize(
     assert out.numel() < 2**31  # offsets in the kernel are 32 bits wide
     codes = codes_a_column(weight.bits)
     words = -(-weight.k // codes)
-    block_n, block_w = 4, min(2048 // codes, next_power_of_2(words))
+    block_n, block_w = 4, min(4096 // codes, next_power_of_2(words))
     scales = weight.scales[start:stop]
     kernels.dequantize[(cdiv(rows, block_n), cdiv(words, block_w))](
         weight.words[start:stop],

@@ -21,8 +21,20 @@ from lbq.runtime.kernels.dequant import dequantize, tiles
 from lbq.runtime.kernels.gemv import ArrangedWeight
 from lbq.runtime.kernels.prompt import triton as kernels
 
-__all__ = ["Operand", "Result", "add_norm", "attend", "gate", "heads", "multiply", "operand", "why_not"]
+__all__ = [
+    "Operand",
+    "Result",
+    "add_norm",
+    "attend",
+    "float16_product",
+    "gate",
+    "heads",
+    "multiply",
+    "operand",
+    "why_not",
+]
 
+MANY = 256  # tokens for which an int8 cache is opened once
 SCRATCH_BYTES = 256 << 20  # of weights in float16 at a time: all of an 8B model's largest matrix
 
 
@@ -78,7 +90,7 @@ def why_not(heads: Heads, width: int) -> str | None:
 
 def _peak(k: int) -> float:
     """The largest magnitude of an operand: K of them, times weights of at most 1, are at most 2^15."""
-    return 2.0**15 / next_power_of_2(k)
+    return 2.0**15 / int(next_power_of_2(k))
 
 
 def _row(k: int) -> dict[str, int]:
@@ -182,9 +194,14 @@ def heads(
 
 
 def attend(q: torch.Tensor, heads: Heads, start: int, held: Cache) -> torch.Tensor:
-    """softmax(scale · q · kᵀ) · v of tokens ``start``, … whose keys and values the cache holds: as ``q`` [M, heads · dim]."""
-    m, slots = q.shape[0], held.kv.shape[2]
-    count = heads.kv_heads * heads.group
+    """softmax(scale · q · kᵀ) · v of tokens ``start``, … which the cache holds, as ``q`` [M, heads · dim].
+
+    Of an int8 cache many tokens see a copy in float16: opening it for every 128 of them takes as long as the products.
+    """
+    m = q.shape[0]
+    if held.scales is not None and m > MANY:
+        held = opened(held, start + m)
+    slots, count = held.kv.shape[2], heads.kv_heads * heads.group
     assert q.shape == (m, count * heads.dim)
     assert q.is_contiguous()
     assert held.kv.shape == (2, heads.kv_heads, slots, heads.dim)
@@ -211,6 +228,18 @@ def attend(q: torch.Tensor, heads: Heads, start: int, held: Cache) -> torch.Tens
         num_warps=tile.warps,
     )
     return out
+
+
+def opened(held: Cache, stop: int) -> Cache:
+    """The first ``stop`` slots of an int8 cache in float16."""
+    _, kv_heads, slots, dim = held.kv.shape
+    assert held.scales is not None
+    out = torch.empty((2, kv_heads, stop, dim), dtype=torch.float16, device=held.kv.device)
+    block = 32
+    kernels.opened[(cdiv(stop, block), 2 * kv_heads)](
+        held.kv, held.scales, out, stop, slots, D=dim, BS=block, num_warps=4
+    )
+    return Cache(out)
 
 
 @dataclass(frozen=True)
@@ -246,8 +275,13 @@ def multiply(x: Operand, weight: ArrangedWeight, norms: torch.Tensor, bias: torc
     scratch = torch.empty((parts[0][1], k), dtype=torch.float16, device=x.values.device)
     for start, stop in parts:
         opened = dequantize(weight, start, stop, scratch[: stop - start], norms)
-        if y.is_cuda:
-            torch.mm(x.values, opened.t(), out=y[:, start:stop])
-        else:  # the interpreter's tensors
-            y[:, start:stop] = x.values.float() @ opened.float().t()
+        float16_product(x.values, opened, out=y[:, start:stop])
     return Result(y, x.units, norms, bias)
+
+
+def float16_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """float16 a [M, K] · b [N, K]ᵀ, summed in float32: float16 [M, N]."""
+    if a.is_cuda:
+        return torch.mm(a, b.t(), out=out)
+    y = (a.float() @ b.float().t()).half()  # the interpreter's tensors
+    return y if out is None else out.copy_(y)

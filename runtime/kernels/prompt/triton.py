@@ -100,9 +100,7 @@ def gate(
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BK)
     inside = k < K
-    opened = activate(
-        _result(y_ptr, unit_ptr, factor_ptr, bias_ptr, m, 2 * K, k, inside, SCALED, HAS_BIAS), ACTIVATION
-    )
+    opened = activate(_result(y_ptr, unit_ptr, factor_ptr, bias_ptr, m, 2 * K, k, inside, SCALED, HAS_BIAS), ACTIVATION)
     up = _result(y_ptr, unit_ptr, factor_ptr, bias_ptr, m, 2 * K, k + K, inside, SCALED, HAS_BIAS)
     _put(opened * up, out_ptr, out_unit_ptr, m, k, K, PEAK)
 
@@ -137,7 +135,7 @@ def heads(
     """q, k and v from the product y [M, (H + 2·KV_HEADS)·D] of M tokens at START, …: BM tokens of a head a program.
 
     q and k normed over D unless their EPS is None, the first DIMS turned by cos and sin, float32 [M, DIMS/2]; q
-    [M, H·D] in a 16-bit float type; k and v into the cache [2, KV_HEADS, SLOTS, D], int8 with kv_scale float32 if EIGHT.
+    [M, H·D] in a 16-bit float type; k and v into the cache [2, KV_HEADS, SLOTS, D], int8 with kv_scale if EIGHT.
     """
     DP: tl.constexpr = triton.next_power_of_2(D)
     HALF: tl.constexpr = DIMS // 2
@@ -158,12 +156,12 @@ def heads(
     if HAS_BIAS:
         x += tl.load(bias_ptr + h * D + d, mask=d < D, other=0.0)
         partner += tl.load(bias_ptr + h * D + other, mask=d < D, other=0.0)
-    if Q_EPS is not None:
+    if Q_EPS is not None:  # noqa: SIM102  known when this is compiled, and the other is not
         if h < H:
             rstd = tl.rsqrt(tl.sum(tl.where(d < D, x * x, 0.0), axis=1, keep_dims=True) / D + Q_EPS)
             x *= rstd * tl.load(q_norm_ptr + d, mask=d < D, other=0.0)
             partner *= rstd * tl.load(q_norm_ptr + other, mask=d < D, other=0.0)
-    if K_EPS is not None:
+    if K_EPS is not None:  # noqa: SIM102
         if (h >= H) & (h < H + KV_HEADS):
             rstd = tl.rsqrt(tl.sum(tl.where(d < D, x * x, 0.0), axis=1, keep_dims=True) / D + K_EPS)
             x *= rstd * tl.load(k_norm_ptr + d, mask=d < D, other=0.0)
@@ -178,11 +176,25 @@ def heads(
         slot = (h - H).to(tl.int64) * SLOTS + START + tokens  # keys' heads, then values'
         if EIGHT:
             scale = tl.max(tl.where(d < D, tl.abs(x), 0.0), axis=1) / 127.0
-            code = tl.floor(x * tl.where(scale > 0.0, 1.0 / scale, 0.0)[:, None] + 0.5).to(tl.int8)
+            code = tl.floor(x / tl.where(scale > 0.0, scale, 1.0)[:, None] + 0.5).to(tl.int8)
             tl.store(kv_ptr + slot[:, None] * D + d, code, mask=mask)
             tl.store(kv_scale_ptr + slot, scale, mask=tokens < M)
         else:
             tl.store(kv_ptr + slot[:, None] * D + d, x.to(kv_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["STOP", "SLOTS"])
+def opened(kv_ptr, kv_scale_ptr, out_ptr, STOP, SLOTS, D: tl.constexpr, BS: tl.constexpr):
+    """The first STOP slots of a cache of int8 [·, SLOTS, D] in a 16-bit float type [·, STOP, D]: BS slots a program."""
+    slot = tl.program_id(0) * BS + tl.arange(0, BS)
+    d = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    row = tl.program_id(1).to(tl.int64)
+    mask = (slot < STOP)[:, None] & (d < D)
+    code = tl.load(kv_ptr + (row * SLOTS + slot[:, None]) * D + d, mask=mask, other=0).to(tl.float32)
+    scale = tl.load(kv_scale_ptr + row * SLOTS + slot, mask=slot < STOP, other=0.0)
+    tl.store(
+        out_ptr + (row * STOP + slot[:, None]) * D + d, (code * scale[:, None]).to(out_ptr.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit
@@ -263,7 +275,7 @@ def attend(
     """Causal attention of M tokens at START, … of G·KV_HEADS heads: BM tokens of a head a program.
 
     After FlashAttention-2 (Dao 2023). q, out [M, G·KV_HEADS·D]; the cache kv [2, KV_HEADS, SLOTS, D] holds START + M
-    tokens, int8 with kv_scale float32 if EIGHT. WINDOW: tokens that are seen, or 0. Programs with most to do come first.
+    tokens, int8 with kv_scale float32 if EIGHT. WINDOW: tokens that are seen, or 0. Who has most to do comes first.
     """
     DP: tl.constexpr = triton.next_power_of_2(D)
     h = tl.program_id(0)

@@ -21,6 +21,8 @@ from lbq.runtime.kernels.gemv import triton as gemv
 from lbq.runtime.kernels.gemv.tiles import codes_a_column
 from lbq.runtime.kernels.planes import triton as planes
 from lbq.runtime.kernels.project import triton as project
+from lbq.runtime.kernels.prompt import attention_tile
+from lbq.runtime.kernels.prompt import triton as prompt
 from lbq.runtime.kernels.sample import triton as sample
 
 pytestmark = pytest.mark.skipif(gemv.INTERPRETED, reason="the interpreter compiles nothing")
@@ -33,9 +35,21 @@ SHAPES = [(28672, 4096), (4096, 14336), (12288, 2048), (6144, 1024), (576, 576)]
 VECTOR = ".v4.b32"
 
 
-def _compile(kernel: Any, capability: int, warps: int, types: dict[str, str], constants: dict[str, Any]) -> Any:
-    """``kernel`` for sm_``capability``; pointers are 16-byte aligned, as torch's allocations are."""
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
+def _compile(
+    kernel: Any,
+    capability: int,
+    warps: int,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    sizes: tuple[str, ...] = (),
+) -> Any:
+    """``kernel`` for sm_``capability``; pointers are 16-byte aligned, as torch's allocations are, and ``sizes`` are of
+    sixteens."""
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") or name in sizes
+    }
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     assert list(signature) == kernel.arg_names
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -102,10 +116,13 @@ def test_the_other_kernels(capability: int, tmp_path: Path) -> None:
     types = {"src_ptr": "*i32", "dst_ptr": "*i32", "COUNT": "i32", "WORDS": "i32", "COLS": "i32"}
     _check(_compile(gemv.split_planes, capability, 4, types, {"BT": 256}), tmp_path)
     types = {"w_ptr": "*i32", "s_ptr": "*bf16", "norm_ptr": "*fp32", "out_ptr": "*fp16"}
-    types |= {"ROWS": "i32", "K": "i32", "G": "i32"}
+    types |= dict.fromkeys(("ROWS", "K", "WORDS", "GROUPS"), "i32")
     for bits in (3, 4, 8):
-        constants = {"BITS": bits, "RELATIVE": True, "BN": 4, "BK": 512}
-        _check(_compile(dequant.dequantize, capability, 4, types, constants), tmp_path)
+        constants = {"G": 0 if bits == 8 else 128, "BITS": bits, "RELATIVE": True, "BN": 4}
+        constants |= {"BW": 4096 // codes_a_column(bits)}
+        compiled = _compile(dequant.dequantize, capability, 4, types, constants, sizes=("K", "WORDS"))
+        assert VECTOR in "".join(_check(compiled, tmp_path))
+        assert all(VECTOR in store for store in re.findall(r"st\.global\S*", compiled.asm["ptx"]))
     types = {"x_ptr": "*fp32", "w_ptr": "*bf16", "bias_ptr": "*fp32", "y_ptr": "*fp32", "N": "i32", "M": "i32"}
     constants = {"K": 4096, "BN": 4, "BK": 1024, "HAS_BIAS": True}
     loads = _check(_compile(dense.gemv, capability, 4, types, constants), tmp_path)
@@ -274,3 +291,40 @@ def test_batches(capability: int, tmp_path: Path) -> None:
         assert f"{layout.group(1)} = #ttg.blocked<{{{wanted}}}>" in compiled.asm["ttgir"]
         for result in re.findall(r"elementwise_inline_asm .*-> (.*)", compiled.asm["ttgir"]):
             assert set(re.findall(r"(#\w+)>", result)) == {layout.group(1)}
+
+
+@pytest.mark.parametrize("capability", SOME)
+def test_attention_of_prompts(capability: int, tmp_path: Path) -> None:
+    for dim, m, eight, window in [(128, 2048, False, 0), (128, 100, True, 0), (64, 512, False, 9), (128, 1, True, 0)]:
+        tile = attention_tile(dim, m, capability == 90)
+        types = {"q_ptr": "*fp16", "kv_ptr": "*i8" if eight else "*fp16", "kv_scale_ptr": "*fp32", "out_ptr": "*fp16"}
+        types |= dict.fromkeys(("M", "START", "SLOTS"), "i32")
+        constants = {"KV_HEADS": 8, "G": 4, "D": dim, "SCALE": dim**-0.5, "WINDOW": window, "EIGHT": eight}
+        constants |= {"BM": tile.tokens, "BN": tile.block, "STAGES": tile.stages}
+        compiled = _compile(prompt.attend, capability, tile.warps, types, constants)
+        _check(compiled, tmp_path, 160 * 1024 if capability == 90 else SHARED_LIMIT)
+        assert "cp.async" in compiled.asm["ptx"]
+        assert ("wgmma" if capability == 90 and m > 16 else "mma.sync") in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", SOME)
+def test_rows_of_prompts(capability: int, tmp_path: Path) -> None:
+    """What each token goes through between products: 16 bytes at a time, nothing spilled at the largest width."""
+    types = {"out_ptr": "*fp16", "y_ptr": "*fp16", "K": "i32"}
+    flags = {"ADD": True, "SCALED": True, "HAS_BIAS": False, "NORM": True, "EPS": 1e-5, "PEAK": 1.0}
+    for kernel, width in ((prompt.add_norm, 8192), (prompt.operand, 32768), (prompt.gate, 32768)):
+        names = [name for name in kernel.arg_names if name.endswith("_ptr") or name == "K"]
+        chosen = {**flags, "ACTIVATION": "silu", "BK": width}
+        constants = {name: chosen[name] for name in kernel.arg_names if name not in names}
+        kinds = {name: types.get(name, "*fp32") for name in names}
+        compiled = _compile(kernel, capability, min(16, width // 1024), kinds, constants, sizes=("K",))
+        loads = [load for load in _check(compiled, tmp_path) if VECTOR not in load]
+        assert len(loads) <= 1, loads  # the unit
+    heads = [name for name in prompt.heads.arg_names if name.endswith("_ptr")]
+    kinds = {name: "*fp16" if name in ("y_ptr", "q_ptr", "kv_ptr") else "*fp32" for name in heads}
+    kinds |= dict.fromkeys(("M", "START", "SLOTS"), "i32")
+    constants = {"H": 32, "KV_HEADS": 8, "D": 128, "DIMS": 128, "Q_EPS": 1e-6, "K_EPS": 1e-6, "SCALED": True}
+    constants |= {"HAS_BIAS": True, "EIGHT": False, "BM": 16}
+    _check(_compile(prompt.heads, capability, 4, kinds, constants), tmp_path)
+    kinds = {"kv_ptr": "*i8", "kv_scale_ptr": "*fp32", "out_ptr": "*fp16", "STOP": "i32", "SLOTS": "i32"}
+    assert VECTOR in "".join(_check(_compile(prompt.opened, capability, 4, kinds, {"D": 128, "BS": 32}), tmp_path))

@@ -139,7 +139,9 @@ def float64_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: 
 @pytest.mark.parametrize("shape", [*HEADS, Heads(1, 4, 128, 128, 0.09)], ids=str)
 @pytest.mark.parametrize("eight", [False, True])
 @pytest.mark.parametrize(("m", "start"), [(150, 0), (40, 75), (3, 130)])
-def test_attention(shape: Heads, eight: bool, m: int, start: int, relative_error: Error) -> None:
+def test_attention(
+    shape: Heads, eight: bool, m: int, start: int, relative_error: Error, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind = torch.int8 if eight else torch.float16
     cache = KVCache(shape.kv_heads, shape.dim, start + m + 3, dtype=kind, device=DEVICE, fixed=True)
     cache.put(slice(0, start + m), random(start + m, 2 * shape.kv_heads, shape.dim))
@@ -150,6 +152,9 @@ def test_attention(shape: Heads, eight: bool, m: int, start: int, relative_error
     expected = float64_attention(q, keys, values, shape, start)
     got = prompt.attend(q, shape, start, Cache(cache.kv, cache.scales))
     assert relative_error(got, expected) <= 1e-3
+    if eight:
+        monkeypatch.setattr(prompt, "MANY", 0)
+        assert relative_error(prompt.attend(q, shape, start, Cache(cache.kv, cache.scales)), expected) <= 2e-3
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -180,6 +185,6 @@ def test_real_attention(eight: bool, relative_error: Error) -> None:
     cache.put(slice(0, 4000), random(4000, 16, 128))
     q = random(m, 4096).half()
     got = prompt.attend(q, shape, start, Cache(cache.kv, cache.scales))
-    assert relative_error(got, float64_attention(q, *cache.held(0, 4000), shape, start)) <= 1e-3
+    assert relative_error(got, float64_attention(q, *cache.held(0, 4000), shape, start)) <= (2e-3 if eight else 1e-3)
     for _ in range(20):
         assert torch.equal(prompt.attend(q, shape, start, Cache(cache.kv, cache.scales)), got)
