@@ -29,7 +29,7 @@ KL_BOUND = 1e-3
 def check_prompt(bench: Bench, model: Model, tokens: int = 300) -> None:
     """Logits of a short prompt against float32 on the same weights, of four layers: both ways keep all of them."""
     layers = 2 if bench.toy else 4
-    tokens = 120 if bench.toy else tokens
+    tokens = 100 if bench.toy else tokens
     ids = _ids(bench, model.decoder(bench.device, layers=1), tokens)
     rows = []
     exact = model.decoder(bench.device, layers=layers, exact=True)
@@ -57,7 +57,7 @@ def _ids(bench: Bench, decoder: Decoder, tokens: int) -> torch.Tensor:
 
 def prefill(bench: Bench, model: Model, lengths: tuple[int, ...] = (512, 2048, 8192)) -> None:
     """Whole prompts: the share is FLOPs of linear layers ÷ time ÷ torch's BF16 rate at those shapes."""
-    lengths = (130,) if bench.toy else lengths
+    lengths = (100,) if bench.toy else lengths
     decoder = model.decoder(bench.device)
     layers = PromptLayers(decoder)
     bench.say("| tokens | cache | ms | tokens/s | linear TFLOP/s | torch BF16 TFLOP/s | share | peak beside weights |")
@@ -73,7 +73,7 @@ def prefill(bench: Bench, model: Model, lengths: tuple[int, ...] = (512, 2048, 8
                 state.length = 0
                 decoder.forward(ids, state, layers=layers)
 
-            seconds = spent(bench.device, run, 5 if tokens <= 2048 else 3)
+            seconds = spent(bench.device, run, 1 if bench.toy else 5 if tokens <= 2048 else 3)
             flops = _linear_flops(decoder, tokens)
             bench.say(
                 f"| {tokens} | {str(dtype).removeprefix('torch.')} | {seconds * 1e3:.2f} | {tokens / seconds:.0f} "
