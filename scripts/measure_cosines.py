@@ -2,6 +2,7 @@
 
     python scripts/measure_cosines.py models/SmolLM2-135M-Instruct --text heldout.txt \\
         [--with int3-g128-autoround --with gptq-int4 …]
+    python scripts/measure_cosines.py models/SmolLM2-135M-Instruct  # weights alone
 
 Every linear layer but the head is rounded to nearest at 2, 3 and 4 bits, one scale a row and in groups, by three scale
 rules, and read beside the original in one pass as ``lbq compare`` does; ``--with`` adds artifacts and other tools'
@@ -86,6 +87,16 @@ class Layers:
             whole.result += meter.result
             whole.error += meter.error
         return whole.cosine
+
+    def take_all(self) -> None:
+        """Compare every layer, for no runtime."""
+        for module in sorted(self._names):
+            if self.is_quantized(module):
+                self.packed(module)
+                self.release(module)
+            else:
+                self.dense(f"{module}.weight")
+                self.release_dense(f"{module}.weight")
 
     def is_quantized(self, module: str) -> bool:
         """See :class:`Weights`, as all of the following."""
@@ -183,7 +194,7 @@ def mistakes(found: Sequence[Found], cosine: str, windows: int) -> list[str]:
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
-@click.option("--text", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--text", type=click.Path(path_type=Path, exists=True), help="Without one, weights alone.")
 @click.option("--with", "others", type=click.Path(path_type=Path, exists=True), multiple=True, help="Also measured.")
 @click.option("--gs", "group", default=128, show_default=True)
 @click.option("--context", type=int, help="Tokens of a window.  [512, or what the model was made for]")
@@ -191,7 +202,7 @@ def mistakes(found: Sequence[Found], cosine: str, windows: int) -> list[str]:
 @click.option("--threads", default=2, show_default=True)
 def main(
     checkpoint: Path,
-    text: Path,
+    text: Path | None,
     others: tuple[Path, ...],
     group: int,
     context: int | None,
@@ -208,6 +219,12 @@ def main(
             model = open_stored(path)
             stack.enter_context(model)
             sides[path.name] = (Layers(original, model), bits_of(model))
+        if text is None:
+            print("| | weight cosine | of layers |\n|---|---:|---:|")
+            for name, (layers, _) in sides.items():
+                layers.take_all()
+                print(f"| {name} | {layers.cosine:.4f} | {min(layers.cosines):.3f} to {max(layers.cosines):.3f} |")
+            return
         windows = windows_of(read_text(text), (original,), context, max_tokens)
         students = [Side(name, layers) for name, (layers, _) in sides.items()]
         positions = stream(Side(str(checkpoint), original), students, windows, find_device("cpu", exact=True))

@@ -58,3 +58,15 @@ def test_table(measure_cosines: Any, make_checkpoint: Callable[..., Path], tmp_p
     assert cells["made"] == cells["INT3 g32, signed-l4"]  # the same weights by another way
     assert "Wrong by the weight cosine:" in done.output
     assert "INT3:" in done.output
+
+
+def test_weights_alone(measure_cosines: Any, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama", num_hidden_layers=1)
+    lbq.convert(checkpoint, tmp_path / "made", bits=3, group=32, lm_head=16, device="cpu")
+    arguments = [str(part) for part in (checkpoint, "--with", tmp_path / "made", "--gs", 32, "--threads", 1)]
+    done = CliRunner().invoke(measure_cosines.main, arguments)
+    assert done.exit_code == 0, done.output
+    rows = [line.split("|")[1:-1] for line in done.output.splitlines() if line.startswith("|")][2:]
+    cells = {row[0].strip(): row[1:] for row in rows}
+    assert len(cells) == 13
+    assert cells["made"] == cells["INT3 g32, signed-l4"]
