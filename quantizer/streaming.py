@@ -80,6 +80,9 @@ class StreamWork(WorkFolder):
         found = self.head(Journal, restart=restart)
         if found is not None and (differences := list(_differences(found.header, header))):
             raise self.refusal(differences)
+        if found is not None and not all(self.path(name).exists() for name in found.files):  # see hand_over
+            self.remove()
+            found = None
         journal = found or Journal(header, {}, {}, {})
         with storage_errors(self.folder):
             self.folder.mkdir(exist_ok=True)

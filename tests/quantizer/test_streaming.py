@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from hub_stub import Hub
 
 from lbq.conversion import convert
 from lbq.formats.errors import DataError, RemoteError, StorageError, UsageError
+from lbq.formats.staging import StagedFolder
 from lbq.hub import client, snapshot
-from lbq.hub.snapshot import Snapshot
+from lbq.hub.names import HubId
+from lbq.hub.snapshot import Snapshot, open_snapshot
 from lbq.quantizer import prepare, remote
 from lbq.quantizer.fetching import Fetcher
 
@@ -168,6 +171,59 @@ def test_a_cut_file_goes_on(source: Path, hub: Hub, out: Path, monkeypatch: pyte
     assert 0.4 * total < starts[1] < 0.5 * total  # what came in whole chunks
     assert 0.6 * total < starts[2] < 0.75 * total
     assert set(starts[2:]) == {starts[2]}
+    assert content(out) == through_the_cache(out)
+
+
+def test_a_conversion_that_ends_stops_what_is_on_its_way(
+    source: Path, hub: Hub, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its next block; it does not ask again for what nobody wants."""
+    monkeypatch.setattr(client, "CHUNK", 1 << 10)
+    opened, name = open_snapshot(HubId(NAME)), max(names(source))
+    total, seen = (source / name).stat().st_size, list[int]()
+
+    def stop(here: int) -> None:
+        seen.append(here)
+        raise RuntimeError("enough")
+
+    asked = len(fetched(hub))
+    with pytest.raises(RemoteError, match="enough"):
+        opened.download(name, tmp_path / name, stop)
+    assert len(seen) == len(fetched(hub)) - asked == 1
+    assert (tmp_path / f"{name}.part").stat().st_size == seen[0] < total
+    assert not (tmp_path / name).exists()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("blocks", [[], [b"more than it has" * 100_000]])
+def test_a_server_that_sends_nothing_or_too_much(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: list[bytes]
+) -> None:
+    name = max(names(source))
+    opened = open_snapshot(HubId(NAME))
+    monkeypatch.setattr(snapshot, "open_range", lambda *_: nullcontext(blocks))
+    with pytest.raises(RemoteError, match=rf"{name}: {len(b''.join(blocks))} bytes came, and \d+ were said"):
+        opened.download(name, tmp_path / name, lambda _: None)
+
+
+def test_where_the_file_system_has_no_links(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill after files were moved to where the artifact is made costs the work, and no more."""
+    del source
+    commit = StagedFolder.commit
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def killed(_: StagedFolder) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(StagedFolder, "commit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert(NAME, out, stream=True, **OPTIONS)
+    assert not list(out.with_name(".out.stream").glob("*.safetensors"))
+    monkeypatch.setattr(StagedFolder, "commit", commit)
+    convert(NAME, out, stream=True, **OPTIONS)
     assert content(out) == through_the_cache(out)
 
 

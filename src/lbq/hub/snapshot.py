@@ -18,11 +18,13 @@ from lbq.hub.client import (
     explained,
     hub_errors,
     is_offline,
+    is_passing,
     is_unreachable,
     new_api,
     open_range,
     patiently,
     quiet,
+    root_of,
     told,
 )
 from lbq.hub.names import HubId, is_commit
@@ -142,9 +144,11 @@ class Snapshot:
                 before = here
                 try:
                     patiently(go_on, quiet)
-                except Exception:
-                    if here == before:  # else these attempts were worth it
+                except Exception as error:
+                    if here == before or not is_passing(root_of(error)):  # else these attempts were worth it
                         raise
+                if here == before or here > total:
+                    raise RemoteError(f"{self}: {name}: {here} bytes came, and {total} were said; look at HF_ENDPOINT")
         os.rename(part, path)
 
     def forget(self, name: str) -> None:
