@@ -75,10 +75,13 @@ def test_garbage_is_a_failure(bench: Callable[..., Any], monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
 def test_a_full_disk(bench: Callable[..., Any], tmp_path: Path) -> None:
+    """The picture of an earlier run stays."""
     picture = tmp_path / "a.svg"
-    picture.symlink_to("/dev/full")
+    picture.write_text("<svg/>")
+    (tmp_path / "a.svg.part").symlink_to("/dev/full")
     done = bench("--shape", "tiny", "--picture", picture)
     assert (done.code, f"{picture}: No space left" in done.err, "tokens/s" in done.out) == (4, True, True)
+    assert picture.read_text() == "<svg/>"
 
 
 def test_what_does_not_fit(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,6 +125,10 @@ def test_what_was_measured_before_a_failure_is_shown(
         (("nowhere", "--shape", "tiny"), "--shape"),
         (("--shape", "huge"), "huge"),
         (("--shape", "tiny", "--bits", "5"), "bits 5"),
+        (("--shape", "tiny", "--bits", ""), "--bits"),
+        (("--shape", "tiny", "--gs", ""), "--gs"),
+        (("--shape", "tiny", "--peers", "--depth", "9"), "0 in --depth"),
+        (("--shape", "tiny", "--peers", "--sampled"), "no --sampled"),
         (("--shape", "tiny", "--gs", "7"), "group 7"),
         (("--shape", "tiny", "--depth", "-1"), "--depth"),
         (("--shape", "tiny", "--picture", "a.png"), "FILE.svg"),

@@ -107,6 +107,10 @@ def test_llama_bench(
     assert done.code == 0, done.err
     assert "llama-bench, model.gguf 0" in done.out
     assert "4.0 (3.0 – 5.0)" in done.out
+    lines = lbq("bench", "--shape", "tiny", *options, "--gguf", model, "--depth", "9,0").out.splitlines()
+    ours = float(next(line.split()[7] for line in lines if line.split()[4:5] == ["0"]))  # as deep as the peer
+    times = float(next(line.split()[-1] for line in lines if line.startswith("llama-bench")))
+    assert times == pytest.approx(ours / 4.0, rel=0.01)
     assert "llama-bench: give it a model" in lbq("bench", "--shape", "tiny", *options).out
 
 

@@ -251,3 +251,5 @@ def test_explained_kernels(answer: Answer, lbq: Callable[..., Any], kept_artifac
     found = json.loads(lbq("inspect", kept_artifact, "--kernels", "--device", "cuda", "--json").out)
     assert [unit["use"]["count"] for unit in found["units"]] == [2, 2, 2, 2, 1]
     assert lbq("inspect", kept_artifact, "--kernels", "--device", "tpu").code == 2
+    assert lbq("inspect", kept_artifact, "--device", "cpu").error == "--device goes with --kernels"
+    assert lbq("inspect", kept_artifact, "--layers", "--kernels").code == 2

@@ -97,8 +97,7 @@ def profile_decode(
             for _ in range(steps):
                 _step(engine, depth)
     if trace is not None:
-        watched.export_chrome_trace(str(trace))
-        _check_whole(trace)
+        _write_trace(watched, trace)
     found = _kernels(watched.events()) if on_gpu else _marks(watched.events())
     if not found or len(found) % steps:
         raise DeviceError(f"torch's profiler saw {len(found)} kernels in {steps} steps: CUPTI is missing or forbidden")
@@ -161,13 +160,18 @@ def _table(events: Sequence[Event], launches: Sequence[Launch]) -> dict[tuple[st
     return found
 
 
-def _check_whole(trace: Path) -> None:
-    """Raise StorageError for a trace that the profiler, which does not say so, could not write to its end."""
-    with storage_errors(trace), trace.open("rb") as file:
-        file.seek(max(0, trace.stat().st_size - 64))
-        end = file.read(64)
-    if not end.rstrip().endswith(b"}"):
-        raise StorageError(f"{trace}: not written to its end; is the disk full?")
+def _write_trace(watched: profile, trace: Path) -> None:
+    """The profiler does not say when it could not write: a trace takes its name when its end is there."""
+    part = trace.with_name(f"{trace.name}.part")
+    with storage_errors(trace):
+        try:
+            watched.export_chrome_trace(str(part))
+            if not part.exists() or not part.read_bytes()[-64:].rstrip().endswith(b"}"):
+                raise StorageError(f"{trace}: not written to its end; is the disk full?")
+            part.replace(trace)
+        finally:
+            for left in (part, part.with_name(f"{part.name}.tmp")):  # the latter is the profiler's own
+                left.unlink(missing_ok=True)
 
 
 def _step(engine: DecoderEngine, depth: int) -> None:

@@ -71,6 +71,8 @@ def bench(
 
     _check_files(picture, peers, gguf)
     depths, batches = (number_list(text, o, "0,4096") for text, o in ((depth, "--depth"), (batch, "--batch")))
+    if peers and (sampled or 0 not in depths):
+        raise UsageError("--peers decode greedily, with nothing before the prompt: no --sampled, and 0 in --depth")
     if threads is not None:
         set_threads(threads)
     where = find_device(device, exact=False)
@@ -105,11 +107,10 @@ def _check_files(picture: Path | None, peers: bool, gguf: Path | None) -> None:
 
 
 def _draw(report: Report, picture: Path) -> None:
-    from lbq.formats.disk import storage_errors
+    from lbq.formats.disk import write_file
     from lbq.page.roofline import draw
 
-    with storage_errors(picture):
-        picture.write_text(draw(report), encoding="utf-8")
+    write_file(picture, draw(report).encode())
 
 
 def _peers(subject: Subject, load: Workload, device: torch.device, gguf: Path | None) -> tuple[Peer, ...]:

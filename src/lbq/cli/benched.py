@@ -8,6 +8,7 @@ import click
 
 from lbq.cli.display import markdown, plain, size, table
 from lbq.cli.subject import rate, seconds
+from lbq.formats.wording import counted
 
 if TYPE_CHECKING:
     from lbq.runtime.bench.decode import Decoded, Speed
@@ -25,7 +26,8 @@ def print_report(report: Report, as_markdown: bool) -> None:
     show(plain(f"{report.subject} on {on.name}"), COLUMNS, [_cells(*each) for each in ran])
     click.echo()
     if peers := [(peer, peer.speed) for peer in report.peers if peer.speed]:
-        ours = max(found.speed.median for _, found in ran)
+        sound = [found.speed.median for row, found in ran if row.case.depth == 0 and not row.fault]
+        ours = max(sound, default=None)  # peers hold nothing before the prompt either
         show("Peers", PEER_COLUMNS, [_peer(*each, on, ours) for each in peers])
         click.echo()
     end = "  " if as_markdown else ""  # two spaces end a line there
@@ -39,12 +41,11 @@ def _lines(report: Report) -> list[str]:
     lines = [
         f"{on.name}, {on.detail}, torch {on.torch}; memory copied at {rate(on.copy)}, read and written",
         f"one text, a prompt of {load.prompt} and {load.new} new tokens, {how}: median (slowest – fastest) of "
-        f"{load.rounds} rounds; cold: the first token of a round before them",
+        f"{counted(load.rounds, 'round')}; cold: the first token of a round before them",
         *dict.fromkeys(f"not run: {row.skipped}" for row in report.rows if row.skipped),
         *(f"{peer.name}: {peer.failure}" for peer in report.peers if peer.failure),
     ]
-    if (loaded := report.rows[0]).load_seconds:
-        lines.append(_loading(loaded, on))
+    lines += dict.fromkeys(_loading(row, on) for row in report.rows if row.load_seconds)
     kernels = dict.fromkeys(use for row in report.rows for use in row.kernels)
     lines += [f"FALLBACK {use.units}: {use.kernel}, because {use.fallback}" for use in kernels if use.fallback]
     if any(row.share is not None and row.share > 1 for row in report.rows):
@@ -68,7 +69,7 @@ def _cells(row: Row, found: Decoded) -> tuple[str, ...]:
     )
 
 
-def _peer(peer: Peer, speed: Speed, on: Machine, ours: float) -> tuple[str, ...]:
+def _peer(peer: Peer, speed: Speed, on: Machine, ours: float | None) -> tuple[str, ...]:
     share = "" if peer.nbytes is None else f"{speed.median * peer.nbytes / on.copy:.1%}"
     return (
         " ".join((peer.name, *([peer.version] if peer.version else []))),
@@ -76,7 +77,7 @@ def _peer(peer: Peer, speed: Speed, on: Machine, ours: float) -> tuple[str, ...]
         _speed(speed),
         share,
         "" if peer.first_token_seconds is None else seconds(peer.first_token_seconds),
-        f"{ours / speed.median:.2f}",
+        "" if ours is None else f"{ours / speed.median:.2f}",
     )
 
 

@@ -9,6 +9,7 @@ import click
 
 from lbq.cli.display import note, pattern, plain, print_json, size, table
 from lbq.cli.quality import perplexities, text_line, with_error
+from lbq.formats.errors import UsageError
 
 if TYPE_CHECKING:
     from lbq.formats.manifest import Calibration, Manifest
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="With --kernels: whose; it need not be here.",
+    help="With --kernels: whose; it need not be here.  [auto]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest; with --kernels, these.")
 def inspect(artifact: str, layers: bool, kernels: bool, device: Any, as_json: bool) -> None:
@@ -37,10 +36,14 @@ def inspect(artifact: str, layers: bool, kernels: bool, device: Any, as_json: bo
     from lbq.formats.report import report_of
     from lbq.hub.artifacts import find_artifact
 
+    if device is not None and not kernels:
+        raise UsageError("--device goes with --kernels")
+    if layers and kernels:
+        raise UsageError("--layers and --kernels: one of them at a time")
     folder = find_artifact(artifact, weights=False, on_note=note)
     manifest = _checked_manifest(folder) if Path(artifact).is_dir() else read_manifest(folder)
     if kernels:
-        _print_kernels(manifest, device, as_json)
+        _print_kernels(manifest, device or "auto", as_json)
         return
     if as_json:
         click.echo(json_file.encode(manifest), nl=False)

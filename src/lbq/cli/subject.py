@@ -42,8 +42,9 @@ def find_subject(
     if (artifact is None) == (shape is None):
         raise UsageError("give an ARTIFACT, or --shape NAME for random weights")
     if shape is not None:
-        widths = number_list(bits or "4", "--bits", "3,4,8")
-        return Subject(f"{shape} (random weights)", shape_variants(shape, widths, group_list(groups) if groups else ()))
+        widths = number_list("4" if bits is None else bits, "--bits", "3,4,8")
+        chosen = () if groups is None else group_list(groups)
+        return Subject(f"{shape} (random weights)", shape_variants(shape, widths, chosen))
     from lbq.formats.artifact import open_artifact
     from lbq.hub.artifacts import find_artifact
 

@@ -82,15 +82,19 @@ def test_a_step_on_the_cpu(tmp_path):
 
 
 def test_a_trace_that_was_cut_off(tmp_path, monkeypatch):
-    """As a full disk leaves it, of which the profiler does not tell."""
+    """As a full disk leaves it, of which the profiler does not tell; the trace of an earlier run stays."""
     weights, trace = weights_on("cpu"), tmp_path / "trace.json"
+    trace.write_text("{}")
     decoder = bind(weights, CPU).decoder
-    for text in ("", '{"traceEvents": [{"name": "a'):
+    for text, suffix in (("", ""), ('{"traceEvents": [{"name": "a', ""), ("{}", ".tmp")):  # renamed at its end, if so
         monkeypatch.setattr(
-            "torch.profiler.profile.export_chrome_trace", lambda _, path, text=text: Path(path).write_text(text)
+            "torch.profiler.profile.export_chrome_trace",
+            lambda _, path, text=text, suffix=suffix: Path(path + suffix).write_text(text),
         )
         with pytest.raises(StorageError, match=r"trace\.json: not written to its end"):
             profile_decode(decoder, CPU, weights.quantized, depth=9, steps=1, trace=trace)
+        assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+        assert trace.read_text() == "{}"
 
 
 def test_labels_are_taken_off_again():
