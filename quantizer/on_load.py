@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 
 from lbq.formats.packing import PackedWeight
-from lbq.quantizer import tensors
+from lbq.quantizer import heap, tensors
 from lbq.quantizer.plan import Keep, Quantize
 from lbq.quantizer.prepare import Prepared
 from lbq.quantizer.writing import OnProgress
@@ -59,8 +59,10 @@ class QuantizedOnLoad:
         self._checkpoint.release(self._dense[name].source)
 
     def _done(self, step: Quantize | Keep) -> None:
-        """Drop the resident pages of a tensor that was read; whoever looks into the file reads them again."""
+        """Drop the resident pages of a tensor that was read, which are read again by whoever looks into the file, and
+        what was needed on the way."""
         self._checkpoint.release(step.source)
+        heap.give_back()
         if self._on_progress is not None:
             name = step.module if isinstance(step, Quantize) else step.name
             self._on_progress(name, self._checkpoint.info(step.source).nbytes)

@@ -51,8 +51,13 @@ def products_dtype(device: torch.device) -> torch.dtype:
 
 
 def rounded(checkpoint: Checkpoint, steps: Sequence[Quantize], device: torch.device) -> dict[str, PackedWeight]:
-    """The layers by lbq's own round to nearest. Raises DataError for a weight that has no code."""
-    return {step.module: tensors.quantized(checkpoint, step, device) for step in steps}
+    """The layers by lbq's own round to nearest; no pages of the source stay in memory. Raises DataError for a weight
+    that has no code."""
+    made = {}
+    for step in steps:
+        made[step.module] = tensors.quantized(checkpoint, step, device)
+        checkpoint.release(step.source)
+    return made
 
 
 def put(block: Block, packed: Mapping[str, PackedWeight]) -> None:
