@@ -26,8 +26,11 @@ from lbq.quantizer.autoround.blocks import Block, Blocks
 from lbq.quantizer.autoround.run import Progress
 from lbq.quantizer.convert import Conversion
 from lbq.quantizer.families import read_spec
-from lbq.quantizer.plan import keep_all
+from lbq.quantizer.plan import Quantize, keep_all
+from lbq.quantizer.prepare import prepare
 from lbq.quantizer.quiet import quiet
+from lbq.quantizer.request import make_request
+from lbq.quantizer.source import resolve
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -254,6 +257,16 @@ def test_odd_weights(edge: str, make_checkpoint: Callable[..., Path], tune: Call
         steps = (packed.dequantize() - weight).abs() / packed.scales.float().abs().repeat_interleave(32, dim=1)
         assert float(steps.max()) <= 2.1  # a weight at the far end of a group may be clamped
         assert bool((packed.dequantize()[weight == 0] == 0).all()) or edge != "zeros"
+
+
+def test_no_pages_of_the_source_stay(checkpoints: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block after block they would add up to the model."""
+    prepared = prepare(resolve(checkpoints["llama"]), make_request(4, 32))
+    steps = [step for step in prepared.plan.steps if isinstance(step, Quantize)]
+    released: list[str] = []
+    monkeypatch.setattr(prepared.checkpoint, "release", released.append)
+    tuner.rounded(prepared.checkpoint, steps, torch.device("cpu"))
+    assert released == [step.source for step in steps]
 
 
 @pytest.mark.parametrize("value", [0.3, float("nan"), 1e6])
