@@ -83,7 +83,10 @@ def gguf_layers(artifact: Artifact) -> Layers:
     if any(entry.bits == 3 for entry in artifact.manifest.quantized.values()):
         notes.append("3-bit codes are stored in the 4 bits of Q4_0, with the same values")
     if tokenizer_of(artifact) is None:
-        notes.append(f"{TOKENIZER} is not a byte-level BPE that llama.cpp has a name for: the file has no tokenizer")
+        notes.append(
+            f"{TOKENIZER} is not a byte-level BPE that llama.cpp has a name for: the file has no tokenizer, and "
+            "llama.cpp's server does not start with it"
+        )
     return Layers(entries, None, tuple(notes))
 
 

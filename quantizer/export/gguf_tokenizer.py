@@ -91,13 +91,14 @@ class GgufTokenizer:
 
 
 def tokenizer_of(artifact: Artifact) -> GgufTokenizer | None:
-    """The artifact's tokenizer; None for one that llama.cpp has no name for, or where there is none."""
+    """The artifact's tokenizer; None for one that llama.cpp has no name for or that has no merges, which it does not
+    take, or where there is none."""
     path = artifact.folder / TOKENIZER
     if not path.is_file():
         return None
     file = json_file.read(path, _File)
     pre = _name(file.pre_tokenizer)
-    if pre is None or file.model.type != "BPE" or file.model.byte_fallback:
+    if pre is None or file.model.type != "BPE" or file.model.byte_fallback or not file.model.merges:
         return None
     rows = artifact.spec.vocab_size
     tokens, kinds = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
