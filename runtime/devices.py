@@ -25,12 +25,17 @@ CUDA_SPARE = 1 << 30  # bytes left for prompts' activations, graphs and workspac
 CUDA_CAPABILITY = (8, 0)  # bfloat16 in the tensor cores
 
 
+CacheKind = Literal["auto", "int8"]
+OPENED = "no kernel here reads int8 keys and values: they are all opened for every token"
+
+
 @dataclass(frozen=True)
 class CpuDevice:
     """Weights stay mapped where the kernels can use them in place; the cache is float32 and grows with the text."""
 
     exact: bool
     note: str | None = None  # why a GPU that is there is not used
+    eight: bool = False  # keys and values as int8
 
     @property
     def device(self) -> torch.device:
@@ -54,13 +59,20 @@ class CpuDevice:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        return torch.float32
+        return torch.int8 if self.eight else torch.float32
 
     def default_context(self, decoder: Decoder) -> int:
         return decoder.spec.context
 
+    def check_context(self, decoder: Decoder, context: int) -> None:
+        """Nothing: the cache grows with the text."""
+
+    def cache_fallback(self, decoder: Decoder) -> str | None:  # noqa: ARG002
+        """Why keys and values are not read as they are kept, or None where they are."""
+        return OPENED if self.eight else None
+
     def engine(self, decoder: Decoder, context: int) -> Engine:
-        return DecoderEngine(decoder, context)
+        return DecoderEngine(decoder, context, cache_dtype=self.cache_dtype)
 
 
 @dataclass(frozen=True)
@@ -69,11 +81,13 @@ class CudaDevice:
 
     What rounding keys and values costs, as KL divergence to float32: float16 4e-7 on SmolLM2-135M and 1e-6 on
     Qwen2.5-Coder-0.5B; bfloat16 3e-5 and 8e-4. The largest key there, biases of Qwen2 included, was 215; float16 goes
-    to 65504, and past it the logits are not finite, which ends the text with an error.
+    to 65504, and past it the logits are not finite, which ends the text with an error. int8: ``eight``, and why it is
+    no default, in docs/performance.md.
     """
 
     exact: bool
     note: str | None = None
+    eight: bool = False  # keys and values as int8
     fused: bool = False  # decode by ``lbq.runtime.fused`` where it can: not the default before it has run on a GPU
 
     @property
@@ -82,6 +96,8 @@ class CudaDevice:
 
     @property
     def cache_dtype(self) -> torch.dtype:
+        if self.eight:
+            return torch.int8
         return torch.float32 if self.exact else torch.float16
 
     def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
@@ -104,10 +120,25 @@ class CudaDevice:
 
     def default_context(self, decoder: Decoder) -> int:
         """What fits beside the weights, which are there already."""
-        sample = decoder.new_state(BUCKET, dtype=self.cache_dtype, fixed=True)
-        torch.cuda.empty_cache()  # else what loading used for a while counts as taken
-        free, _ = torch.cuda.mem_get_info()
-        return fitting_context(decoder.spec.context, sample.nbytes // BUCKET, free)
+        return fitting_context(decoder.spec.context, self._token_bytes(decoder), _free_bytes())
+
+    def check_context(self, decoder: Decoder, context: int) -> None:
+        """Raise DeviceError for a context whose keys and values the memory that is left does not hold."""
+        check_fit(context, self._token_bytes(decoder), _free_bytes(), eight=self.eight)
+
+    def cache_fallback(self, decoder: Decoder) -> str | None:
+        """Why keys and values are not read as they are kept, or None where they are."""
+        return OPENED if self.eight and not self._fuses(decoder) else None
+
+    def _fuses(self, decoder: Decoder) -> bool:
+        """Whether ``decoder`` decodes by the fused step, whose attention reads int8."""
+        from lbq.runtime.fused.step import why_not
+
+        return self.fused and why_not(decoder) is None
+
+    def _token_bytes(self, decoder: Decoder) -> int:
+        """Keys and values of a token in all layers."""
+        return decoder.new_state(BUCKET, dtype=self.cache_dtype, fixed=True).nbytes // BUCKET
 
     def engine(self, decoder: Decoder, context: int) -> Engine:
         if not self.fused:
@@ -117,7 +148,7 @@ class CudaDevice:
 
         fallback = why_not(decoder)
         if fallback is None:
-            return FusedEngine(decoder, context)
+            return FusedEngine(decoder, context, cache_dtype=self.cache_dtype)
         return CudaEngine(decoder, context, cache_dtype=self.cache_dtype, fallback=fallback)
 
 
@@ -138,24 +169,47 @@ def fitting_context(most: int, token_bytes: int, free: int) -> int:
     return min(most, CUDA_CONTEXT, max(fitting, BUCKET))
 
 
-def find_device(name: Literal["auto", "cpu", "cuda"], *, exact: bool) -> Device:
+def check_fit(context: int, token_bytes: int, free: int, *, eight: bool) -> None:
+    """Raise DeviceError for a context that ``free`` bytes do not hold beside the least that prompts and graphs need."""
+    wanted, room = context * token_bytes, max(0, free - CUDA_SPARE // 4)
+    if wanted <= room:
+        return
+    shorter = room // token_bytes // BUCKET * BUCKET
+    ways = ([f"--context {shorter}"] if shorter else []) + ([] if eight else ["--kv-cache int8"]) + ["--device cpu"]
+    raise DeviceError(
+        f"a context of {context} tokens takes {wanted / 1e9:.1f} GB of keys and values, and the GPU has "
+        f"{room / 1e9:.1f} GB left beside the weights: try {', or '.join(ways)}"
+    )
+
+
+def _free_bytes() -> int:
+    torch.cuda.empty_cache()  # else what loading used for a while counts as taken
+    return torch.cuda.mem_get_info()[0]
+
+
+def find_device(name: Literal["auto", "cpu", "cuda"], *, exact: bool, kv_cache: CacheKind = "auto") -> Device:
     """``auto`` is a GPU that lbq can use; where there is one that it cannot, the CPU's ``note`` says why.
 
     Raises DeviceError for ``cuda`` where there is none to use, UsageError for any other name.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {name}: auto, cpu or cuda")
+    if kv_cache not in ("auto", "int8"):
+        raise UsageError(f"kv_cache {kv_cache}: auto or int8")
+    eight = kv_cache == "int8"
+    if exact and eight:
+        raise UsageError("int8 keys and values do not go with float32, which keeps them as they are")
     if name == "cpu":
-        return CpuDevice(exact)
+        return CpuDevice(exact, eight=eight)
     if not torch.cuda.is_available():
         if name == "auto":
-            return CpuDevice(exact)
+            return CpuDevice(exact, eight=eight)
         raise DeviceError(f"device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
     trouble = _gpu_trouble()
     if trouble is None:
-        return CudaDevice(exact)
+        return CudaDevice(exact, eight=eight)
     if name == "auto":
-        return CpuDevice(exact, note=f"the GPU is not used: {trouble}")
+        return CpuDevice(exact, eight=eight, note=f"the GPU is not used: {trouble}")
     raise DeviceError(f"device {name}: {trouble}; or use --device cpu")
 
 

@@ -16,7 +16,7 @@ from lbq.formats.artifact import open_artifact
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.spec import ModelSpec
 from lbq.runtime.binding import Bound, KernelUse, Weights, bind
-from lbq.runtime.devices import Device, device_errors, find_device, set_threads
+from lbq.runtime.devices import CacheKind, Device, device_errors, find_device, set_threads
 from lbq.runtime.engines import EnginePool
 from lbq.runtime.explain import Explanation, explain
 from lbq.runtime.text.chat import ChatTemplate, Message, require_template
@@ -56,7 +56,8 @@ class LoadSettings(TypedDict, total=False):
     ``dtype="float32"`` is the reference mode: float32 activations and products, slow. ``context``: the most tokens of a
     text, at most the model's; by default the model's on the CPU, where the cache grows as needed, and on a GPU as many
     of at most 8192 as fit its memory. ``strict`` refuses kernels that are not the fast path, and a GPU that is there
-    and not used. ``threads`` is torch's number of threads, for the whole process.
+    and not used. ``threads`` is torch's number of threads, for the whole process. ``kv_cache="int8"`` keeps keys and
+    values in half the memory of the GPU's float16, a quarter of the CPU's float32, and less exactly.
     """
 
     device: Literal["auto", "cpu", "cuda"]
@@ -64,6 +65,7 @@ class LoadSettings(TypedDict, total=False):
     context: int | None
     strict: bool
     threads: int | None
+    kv_cache: CacheKind
 
 
 class ModelWeights(Weights, Protocol):
@@ -75,6 +77,14 @@ class ModelWeights(Weights, Protocol):
     def close(self) -> None:
         """Give back what nobody uses any more."""
         ...
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """How keys and values are kept; ``fallback``: why they are not read like that, or None where they are."""
+
+    dtype: str  # float16, float32, int8
+    fallback: str | None
 
 
 @dataclass(frozen=True)
@@ -154,8 +164,13 @@ class Model:
             if self._strict:
                 _refuse_fallbacks(bound.kernels)
             context = self._asked_context or self._on.default_context(bound.decoder)
+            if self._asked_context is not None:
+                self._on.check_context(bound.decoder, context)
+            cache = CacheUse(str(self._on.cache_dtype).removeprefix("torch."), self._on.cache_fallback(bound.decoder))
+            if self._strict and cache.fallback is not None:
+                raise DeviceError(f"{cache.dtype} keys and values: {cache.fallback}; refused under --strict")
         engines = EnginePool(partial(self._on.engine, bound.decoder, context), context)
-        self._ready = _Ready(bound, engines, time.perf_counter() - start)
+        self._ready = _Ready(bound, engines, cache, time.perf_counter() - start)
 
     @property
     def context(self) -> int:
@@ -169,6 +184,11 @@ class Model:
     def explain(self) -> Explanation:
         """Which kernel, tile and path every layer got, and why."""
         return explain(self.spec, self.kernels(), self._on)
+
+    @property
+    def cache(self) -> CacheUse:
+        """How keys and values are kept."""
+        return self._bound().cache
 
     @property
     def resident_bytes(self) -> int:
@@ -292,6 +312,7 @@ class _Ready:
 
     bound: Bound
     engines: EnginePool
+    cache: CacheUse
     seconds: float  # that binding took
 
 
@@ -316,13 +337,14 @@ def open_weights(
     context: int | None = None,
     strict: bool = False,
     threads: int | None = None,
+    kv_cache: CacheKind = "auto",
 ) -> Model:
     """A model of whatever weights ``open_on`` opens for a device; they are bound when they are first needed."""
     if dtype not in ("auto", "float32"):
         raise UsageError(f"dtype {dtype}: auto or float32")
     if threads is not None:
         set_threads(threads)
-    where = find_device(device, exact=dtype == "float32")
+    where = find_device(device, exact=dtype == "float32", kv_cache=kv_cache)
     if strict and where.note is not None:
         raise DeviceError(f"{where.note}; refused under --strict")
     weights = open_on(where.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.packing import packed_words
 from lbq.formats.spec import ModelSpec, Projection
@@ -52,7 +54,7 @@ def needs(
         counts[key] = counts.get(key, 0) + 1
         weights += held_bytes(choice, len(unit), _stored_bytes(matrix))
     context = context or min(spec.context, CUDA_CONTEXT)
-    cache = context * _token_bytes(spec, device.cache_dtype.itemsize)
+    cache = context * _token_bytes(spec, device.cache_dtype)
     units = tuple(KernelUse(name, matrix, by.kernel, by.fallback, n) for (name, matrix, by), n in counts.items())
     stored = sum(served.count * _stored_bytes(served.matrix) for served in units)
     return Needs(units, stored, weights, cache, context, CUDA_SPARE if on_gpu else 0)
@@ -74,7 +76,8 @@ def _stored_bytes(matrix: Matrix) -> int:
     return matrix.n * (4 * packed_words(matrix.k, matrix.bits) + 2 * (matrix.k // matrix.group))
 
 
-def _token_bytes(spec: ModelSpec, item_bytes: int) -> int:
-    """Keys and values of a token in all layers."""
+def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Keys and values of a token in all layers, and their scales."""
     mixers = [spec.layer(i).mixer for i in range(len(spec.layers))]
-    return sum(2 * mixer.kv_heads * mixer.head_dim * item_bytes for mixer in mixers)
+    scale_bytes = 4 if dtype == torch.int8 else 0
+    return sum(2 * mixer.kv_heads * (mixer.head_dim * dtype.itemsize + scale_bytes) for mixer in mixers)

@@ -47,10 +47,21 @@ def test_an_answer_and_the_last_lines(answer: Answer) -> None:
     finish, where, *kernels = done.err.splitlines()
     assert re.fullmatch(FINISH.pattern + r", ended by --max-tokens\]", finish)
     assert finish.startswith("[20 tokens, ")
-    assert where == "[CPU, 1 threads, context 128]"
+    assert where == "[CPU, 1 threads, context 128, keys and values in float32]"
     assert any("lm_head" in line for line in kernels)
     assert all(re.match(r"\[ *\d+ × ", line) for line in kernels)
-    assert "context 100]" in answer("-p", "hello", "--context", "100").err
+    assert "context 100, " in answer("-p", "hello", "--context", "100").err
+
+
+def test_int8_keys_and_values(answer: Answer) -> None:
+    done = answer("-p", "hello", "--temperature", "0", "--kv-cache", "int8")
+    assert done.code == 0
+    assert done.out.strip()
+    assert ", keys and values in int8]" in done.err
+    assert "[keys and values  FALLBACK: no kernel here reads int8" in done.err
+    refused = answer("-p", "hello", "--kv-cache", "int8", "--strict")
+    assert refused.code != 0
+    assert "opened for every token; refused under --strict" in refused.err
 
 
 def test_a_prompt_on_stdin(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +235,7 @@ def test_a_chat(terminal: Terminal, end: str) -> None:
     terminal.type("/reset\n")
     assert ask() == first
     terminal.type(end)
-    terminal.expect(r"\[CPU, 1 threads, context 128\]")
+    terminal.expect(r"\[CPU, 1 threads, context 128, keys and values in float32\]")
     assert terminal.process.wait(60) == 0
 
 

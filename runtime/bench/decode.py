@@ -120,7 +120,12 @@ def hold(engine: Engine, depth: int, seed: int = 3) -> DecoderState:
     for cache in state.layers:
         assert isinstance(cache, KVCache)
         cache.reserve(depth)
-        cache.kv[:, :, :depth].normal_(generator=random)
+        part = cache.kv[:, :, :depth]
+        if cache.scales is None:
+            part.normal_(generator=random)
+        else:
+            part.random_(-127, 128, generator=random)
+            cache.scales[:, :, :depth].uniform_(0.008, 0.024, generator=random)  # values as large as a normal's
     state.length = depth
     return DecoderState(state.context, state.layers, depth)
 

@@ -99,7 +99,7 @@ def _parts(tokens: int, depth: int) -> Iterator[tuple[int, int]]:
 def _copy(source: object, target: object, length: int) -> None:
     assert isinstance(source, KVCache)
     assert isinstance(target, KVCache)
-    target.kv[:, :, :length] = source.kv[:, :, :length]
+    target.kv[:, :, :length] = torch.stack(source.held(0, length))
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,20 @@ SEEDS = 1 << 63
 class FusedEngine(DecoderEngine):
     """One text on a decoder whose weights lie on a CUDA device. ``step.why_not(decoder)`` must be None.
 
-    Prompts run through the decoder, on the same cache of float16; it never moves.
+    Prompts run through the decoder, on the same cache, float16 or int8; it never moves.
     """
 
-    def __init__(self, decoder: Decoder, context: int, *, plan: Plan | None = None, graphs: bool = True) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        context: int,
+        *,
+        cache_dtype: torch.dtype = torch.float16,
+        plan: Plan | None = None,
+        graphs: bool = True,
+    ) -> None:
         """``graphs=False`` launches the same step kernel by kernel, on any device."""
-        super().__init__(decoder, context, cache_dtype=torch.float16, slots=context)
+        super().__init__(decoder, context, cache_dtype=cache_dtype, slots=context)
         self._step = FusedStep(decoder, context, plan or default_plan(decoder.device))
         self._pdl = (plan or default_plan(decoder.device)).pdl
         self._chain = Chain(decoder.spec.vocab_size, context, decoder.device)

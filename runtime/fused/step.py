@@ -110,7 +110,7 @@ class Attending:
             self.k_norm,
             self.angles,
             position,
-            Cache(cache.kv),
+            Cache(cache.kv, cache.scales),
             self.scratch,
             self.split,
             self.to,

@@ -62,6 +62,37 @@ def test_attention_with_the_position_in_a_tensor(window, dtype, tolerance):
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("split", [(30,), (13, 1, 16)])
+def test_int8_keys_and_values(split):
+    """Within what a step of 1/127 of a vector's largest element explains, and the same whatever the pieces."""
+    q, kv = torch.randn(30, HEADS, DIM), torch.randn(30, 2 * KV_HEADS, DIM)
+    cache = KVCache(KV_HEADS, DIM, CONTEXT, dtype=torch.int8, device=CPU, fixed=False)
+    start, got = 0, []
+    for length in split:
+        seen = HostStep(start, length, CPU).store(cache, kv[start : start + length], None)
+        got.append(attend(q[start : start + length], seen, DIM**-0.5))
+        start += length
+    held = torch.cat(cache.held(0, 30)).transpose(0, 1)
+    step = kv.abs().amax(-1, keepdim=True) / 127
+    assert bool(((held - kv).abs() <= 0.501 * step).all())
+    expected = plain_attention(q, held[:, :KV_HEADS], held[:, KV_HEADS:], None)
+    torch.testing.assert_close(torch.cat(got).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_int8_caches_grow_and_keep_zeros():
+    cache = KVCache(1, 4, 2000, dtype=torch.int8, device=CPU, fixed=False)
+    before = cache.nbytes
+    assert before == 2 * 512 * (4 + 4)
+    cache.put(slice(0, 2), torch.tensor([[[0.0] * 4, [1.0, -127.0, 3.4, 0.0]]] * 2))
+    cache.reserve(600)
+    assert cache.nbytes == 2 * before
+    keys, values = cache.held(0, 2)
+    assert not keys.any()
+    assert values[0, 1].tolist() == [1, -127, 3, 0]
+    cache.put(torch.tensor([5]), torch.ones(1, 2, 4))
+    assert cache.held(5, 6)[0].tolist() == [[[1] * 4]]
+
+
 def test_new_cache_holds_no_nan():
     assert torch.equal(
         cache_of(fixed=True, fill=0.0).kv,

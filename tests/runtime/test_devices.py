@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.runtime import devices
-from lbq.runtime.devices import CpuDevice, CudaDevice, device_errors, find_device, fitting_context
+from lbq.runtime.devices import CpuDevice, CudaDevice, check_fit, device_errors, find_device, fitting_context
 
 GB = 1 << 30
 
@@ -76,6 +76,29 @@ def test_a_compiler_that_triton_would_not_find(gpu):
 )
 def test_the_context_that_fits(most, token_bytes, free, context):
     assert fitting_context(most, token_bytes, free) == context
+
+
+def test_a_context_that_does_not_fit():
+    check_fit(131072, 1 << 16, GB + 131072 * (1 << 16), eight=True)
+    with pytest.raises(
+        DeviceError, match=r"131072 tokens takes 17\.2 GB .* has 8\.0 GB left .* --context 60928, or --kv"
+    ):
+        check_fit(131072, 1 << 17, 8 * 10**9 + GB // 4, eight=False)
+    with pytest.raises(DeviceError, match=r"0\.0 GB left beside the weights: try --device cpu$"):
+        check_fit(512, 1 << 17, 0, eight=True)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_int8_keys_and_values():
+    assert find_device("cuda", exact=False, kv_cache="int8") == CudaDevice(False, eight=True)
+    found = find_device("cpu", exact=False, kv_cache="int8")
+    assert found.cache_dtype == torch.int8
+    assert "opened for every token" in found.cache_fallback(None)
+    assert CpuDevice(False).cache_fallback(None) is None
+    with pytest.raises(UsageError, match="do not go with float32"):
+        find_device("cpu", exact=True, kv_cache="int8")
+    with pytest.raises(UsageError, match="kv_cache int4: auto or int8"):
+        find_device("cpu", exact=False, kv_cache="int4")
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,24 @@ def test_agrees_with_the_present_engine(make_tiny, reference_kernels):
         assert int(new.argmax()) == int(today.argmax())
 
 
+def test_int8_keys_and_values(make_tiny, reference_kernels):
+    """Against float32 on the same int8 cache; the new token's own entry is int8 before it is looked at."""
+    weights = make_tiny("qwen3-qk-norm", **SMALL).weights
+    engine = FusedEngine(
+        bind(weights, Kernels()).decoder, CONTEXT, cache_dtype=torch.int8, plan=PLANS["whole"], graphs=not INTERPRETED
+    )
+    reference = DecoderEngine(bind(weights, reference_kernels).decoder, CONTEXT, cache_dtype=torch.int8, slots=CONTEXT)
+    reference.prefill(IDS[:PROMPT])
+    for to, layer in zip(engine._state.layers, reference._state.layers, strict=True):
+        to.kv.copy_(layer.kv)
+        to.scales.copy_(layer.scales)
+    engine._state.length = PROMPT
+    for token in IDS[PROMPT : PROMPT + (1 if INTERPRETED else 10)]:
+        assert divergence(reference.decode(token), engine.decode(token)) <= 1e-3
+    got, expected = engine._state.layers[0], reference._state.layers[0]
+    assert int((got.kv[:, :, PROMPT].cpu().int() - expected.kv[:, :, PROMPT].int()).abs().max()) <= 1
+
+
 @pytest.mark.parametrize("plan", ["shared", "apart"])
 @pytest.mark.parametrize("bits", [3, 8])
 def test_ways_to_hand_on(make_tiny, reference_kernels, plan, bits):

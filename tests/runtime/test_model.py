@@ -264,7 +264,8 @@ def test_weights_held(model, kept_artifact):
 
 
 def test_strict_refuses_a_gpu_that_is_not_used(kept_artifact, monkeypatch):
-    monkeypatch.setattr("lbq.runtime.model.find_device", lambda _, exact: CpuDevice(exact, note="the GPU is not used"))
+    found = CpuDevice(exact=False, note="the GPU is not used")
+    monkeypatch.setattr("lbq.runtime.model.find_device", lambda *_, **__: found)
     assert load(kept_artifact).note == "the GPU is not used"
     with pytest.raises(DeviceError, match="the GPU is not used; refused under --strict"):
         load(kept_artifact, strict=True)

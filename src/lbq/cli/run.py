@@ -47,6 +47,12 @@ CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an ans
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "float32"]), default="auto", help="float32: exact and slow.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    help="Keys and values: auto is float16 on a GPU and float32 on a CPU; int8 is smaller and less exact.",
+)
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--strict", is_flag=True, help="Fail where a layer would not get its fast kernel.")
 @click.option("--explain", is_flag=True, help="Say at the end which kernel, tile and path each layer got, and why.")
@@ -63,6 +69,7 @@ def run(
     context: int | None,
     device: Any,
     dtype: Any,
+    kv_cache: Any,
     threads: int | None,
     **settings: Any,
 ) -> None:
@@ -79,6 +86,7 @@ def run(
     given = {name: value for name, value in settings.items() if value is not None}
     where: LoadSettings = {
         "device": device, "dtype": dtype, "context": context, "strict": strict, "threads": threads,
+        "kv_cache": kv_cache,
     }  # fmt: skip
     opened, loading = (_open_artifact if wish.bits is None else _open_checkpoint)(artifact, wish, where)
     with opened as model:
@@ -238,7 +246,9 @@ def _say_how(model: Model, finish: Finish | None, *, explain: bool) -> None:
     """What was done, where, and by which kernel; a fallback is said."""
     if finish is not None:
         _say_finish(finish)
-    click.echo(f"[{_device(model)}, context {model.context}]", err=True)
+    click.echo(f"[{_device(model)}, context {model.context}, keys and values in {model.cache.dtype}]", err=True)
+    if model.cache.fallback is not None:
+        click.echo(f"[keys and values  FALLBACK: {model.cache.fallback}]", err=True)
     if explain:
         print_explanation(model.explain(), err=True)
     else:
