@@ -124,6 +124,11 @@ def open_gguf(path: Path, original: ModelSpec | None = None) -> tuple[ModelSpec,
     """
     file = _Model(path)
     try:
+        parts = file.header.metadata.get("split.count", 1)
+        if parts not in (0, 1):
+            raise DataError(
+                f"{path}: one of {parts} files of a model; join them by llama.cpp's llama-gguf-split --merge"
+            )
         head = any(name.startswith("lm_head.") for name in file.own)
         spec = spec_of(msgspec.json.encode(_config(path, file.header, head)), path)
         if original is not None:

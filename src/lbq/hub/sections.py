@@ -155,7 +155,8 @@ def _vllm(manifest: Manifest, hub_id: HubId) -> str:
         name, fit = broken[0]
         return f"vLLM {VERSIONS['vLLM']} cannot run it: {as_code(name)}: {fit.text}."
     revision = "" if hub_id.revision == MAIN else f" --revision {hub_id.revision}"
-    text = f"vLLM (read in the source of {VERSIONS['vLLM']}, not run):\n\n```\nvllm serve {hub_id.name}{revision}\n```"
+    checked = f"checked with the loader of {VERSIONS['vLLM']}, not run on a GPU"
+    text = f"vLLM ({checked}):\n\n```\nvllm serve {hub_id.name}{revision}\n```"
     slow = Counter(fit.text for _, fit in fits if not fit.fast)
     if slow:
         kernels = ", ".join(f"{kernel} ({count})" for kernel, count in slow.most_common())

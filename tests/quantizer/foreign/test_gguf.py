@@ -167,6 +167,21 @@ def test_stretched_ropes_are_refused(checkpoints: Mapping[str, Path], write: Wri
         opened(write(checkpoints["qwen3"], rope__scaling__type="yarn"))
 
 
+def test_parts_of_a_model_are_refused(checkpoints: Mapping[str, Path], write: Write, tmp_path: Path) -> None:
+    whole = write(checkpoints["qwen3"])
+    reader = gguf.GGUFReader(whole)
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "qwen3")
+    writer.add_uint16("split.count", 2)
+    for tensor in reader.tensors[:3]:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(DataError, match=r"part.gguf: one of 2 files of a model; join them"):
+        opened(tmp_path / "part.gguf")
+
+
 def header(*, magic: bytes = b"GGUF", version: int = 3, tensors: int = 0, entries: int = 0, rest: bytes = b"") -> bytes:
     return magic + struct.pack("<IQQ", version, tensors, entries) + rest
 
