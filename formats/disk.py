@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
@@ -53,6 +53,9 @@ def free_bytes(path: Path) -> int:
             here = here.parent
         else:
             return usage.f_bavail * usage.f_frsize
+
+
+SPARE_BYTES: Final = 64 << 20  # for small files and headers, on top of the tensors of what is written
 
 
 def require_space(path: Path, nbytes: int) -> None:

@@ -14,7 +14,7 @@ from lbq.formats import json_file
 from lbq.formats import manifest as manifests
 from lbq.formats import report as reports
 from lbq.formats.compressed_tensors import quantization_config
-from lbq.formats.disk import check_plain_name, require_space
+from lbq.formats.disk import SPARE_BYTES, check_plain_name, require_space
 from lbq.formats.errors import DeviceError, StorageError, UsageError
 from lbq.formats.manifest import MANIFEST, PAGE, REPORT, Manifest
 from lbq.formats.quality import Quality
@@ -27,7 +27,7 @@ from lbq.quantizer.autoround.run import OnProgress as OnTuned
 from lbq.quantizer.autoround.work import Work
 from lbq.quantizer.fetching import OnFetch
 from lbq.quantizer.methods import Weights
-from lbq.quantizer.prepare import SPARE_BYTES, Prepared
+from lbq.quantizer.prepare import Prepared
 from lbq.quantizer.shards import Shards
 from lbq.quantizer.source import Hasher
 from lbq.quantizer.streaming import AHEAD, StreamWork

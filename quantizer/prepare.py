@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lbq.formats.disk import free_bytes, require_space
+from lbq.formats.disk import SPARE_BYTES, free_bytes, require_space
 from lbq.formats.errors import StorageError, UsageError
 from lbq.formats.safetensors_file import Checkpoint
 from lbq.formats.spec import ModelSpec
@@ -24,7 +24,6 @@ from lbq.quantizer.remote import RemoteShard
 from lbq.quantizer.request import Request
 from lbq.quantizer.source import SourceFolder, check_tokenizer, fetch_weights, open_weights
 
-SPARE_BYTES = 64 << 20  # small files and headers, on top of the tensors
 REMOTE_PIECES = 4  # of a head on the Hub that are compared with the embedding
 
 

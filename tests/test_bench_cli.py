@@ -97,6 +97,14 @@ def test_what_does_not_fit(bench: Callable[..., Any], monkeypatch: pytest.Monkey
     done = bench("--shape", "tiny", "--depth", "0")
     assert (done.code, "memory does not hold" in done.err) == (2, True)
 
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(DecoderEngine, "prefill", no_memory)
+    done = bench("--shape", "tiny")
+    assert done.code == 7
+    assert "error: out of memory: try a smaller --depth or model, or --device cpu\n" in done.err
+
 
 def test_what_was_measured_before_a_failure_is_shown(
     bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

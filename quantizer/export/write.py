@@ -12,7 +12,7 @@ import torch
 from lbq.formats import json_file
 from lbq.formats.artifact import DENSE_DTYPE, Artifact, open_artifact, packed_tensors
 from lbq.formats.compressed_tensors import quantization_config
-from lbq.formats.disk import FileEntry, require_space
+from lbq.formats.disk import SPARE_BYTES, FileEntry, require_space
 from lbq.formats.errors import UsageError
 from lbq.formats.manifest import MANIFEST, PAGE, REPORT, DenseTensor, Manifest
 from lbq.formats.report import Report, report_of
@@ -28,7 +28,6 @@ from lbq.quantizer.shards import Shards
 LAYOUTS: Mapping[str, Layout] = {"gptq": Gptq(), "awq": Awq(), "auto-round": AutoRound()}
 GGUF = "gguf"
 TARGETS = (*FITS, *LAYOUTS, GGUF)
-SPARE_BYTES = 64 << 20
 
 OnProgress = Callable[[str, int], None]  # name of the layer or tensor, bytes of it that were written
 

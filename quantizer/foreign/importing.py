@@ -89,7 +89,7 @@ def import_checkpoint(
         prepared = prepare_import(source, foreign, request)
         for text in prepared.plan.notes:
             say(text)
-        return write_artifact(prepared, target, overwrite=overwrite, device="cpu", on_progress=on_progress)
+        return write_artifact(prepared, target, overwrite=overwrite, device="cpu", on_progress=on_progress, on_note=say)
 
 
 def find_source(

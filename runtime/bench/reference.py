@@ -46,7 +46,7 @@ class Check:
         if self.loss is not None and not self.loss <= MOST_LOSS:
             return f"it chose a token that a plain reference finds {self.loss:.1e} nats less probable than another"
         if not self.repeats:
-            return "the same greedy decode gave other tokens in another round"
+            return "the same decode gave other tokens in another round"
         return None
 
 

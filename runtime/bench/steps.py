@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lbq.formats.errors import UsageError
 from lbq.runtime.bench.profile import Profile, profile_decode
-from lbq.runtime.bench.sweep import Machine, Variant, machine
+from lbq.runtime.bench.sweep import SMALLER, Machine, Variant, machine
 from lbq.runtime.binding import bind
 from lbq.runtime.devices import Device, device_errors
 
@@ -30,7 +30,7 @@ def profile_variant(
     most = variant.spec.context - 2
     if depth > most:
         raise UsageError(f"depth {depth}: the model was made for {variant.spec.context} tokens; at most {most}")
-    with device_errors():
+    with device_errors(SMALLER):
         on = machine(device.device)
         decoder = bind(variant.open(device.device), device).decoder
         return Profiled(

@@ -26,6 +26,7 @@ from lbq.runtime.devices import Device, device_errors
 from lbq.runtime.needs import needs
 
 GROUP = 256  # of random weights, where nothing else is asked for: what the figures of docs/performance.md have
+SMALLER = "try a smaller --depth or model, or --device cpu"  # where memory runs out
 
 Group = int | Literal["row"]
 OnCase = Callable[[str], None]
@@ -47,7 +48,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Case:
-    """One combination. ``weights``: as ``INT4 g256, head INT8``."""
+    """One combination. ``weights``: as ``INT4 g256, INT8 row``, the most first."""
 
     weights: str
     depth: int
@@ -197,7 +198,7 @@ def run(
     on_case: OnCase = lambda _: None,
 ) -> tuple[Report, LbqError | None]:
     """Measure every case; what was measured before an error, and the error. Raises DeviceError before the first."""
-    with device_errors():
+    with device_errors(SMALLER):
         on = machine(device.device)
     rows: list[Row] = []
     error: LbqError | None = None
@@ -224,7 +225,7 @@ def measure(
     """
     for variant in variants:
         cases = [Case(variant.label, depth, batch) for depth in depths for batch in batches]
-        with device_errors():
+        with device_errors(SMALLER):
             yield from _Measuring(variant, on, device, load).rows(cases, on_case)
         gc.collect()
         if on.kind == "cuda":
