@@ -127,6 +127,11 @@ class _OnCuda:
         return f"fused: one CUDA graph of five launches a layer, tokens chosen on the GPU{pdl}"
 
     def _attention(self) -> str:
+        """How one token attends, and how a prompt does."""
+        one = self._one_attends()
+        return one if self._device.exact else f"{one}; prompts by a causal kernel of their own, 128 tokens a program"
+
+    def _one_attends(self) -> str:
         kind = str(self._device.cache_dtype).removeprefix("torch.")
         if self._fallback is not None:
             return f"torch's scaled_dot_product_attention; keys and values in {kind}"

@@ -69,6 +69,8 @@ def test_a_model_on_the_cpu(make_tiny, family, exact):
     assert found.weights == bound.resident_bytes
     assert found.cache == bound.decoder.new_state(40, dtype=device.cache_dtype, fixed=True).nbytes
     assert found.nbytes == found.weights + found.cache
+    eight = needs(tiny.weights.spec, entries(tiny.weights), CpuDevice(exact=False, eight=True), context=40)
+    assert eight.cache == bound.decoder.new_state(40, dtype=torch.int8, fixed=True).nbytes
 
 
 @pytest.mark.gpu
