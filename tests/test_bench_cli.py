@@ -62,6 +62,20 @@ def test_markdown(bench: Callable[..., Any]) -> None:
     assert lines[4].startswith("| INT4 row, INT8 row | 0 |")
 
 
+def test_keys_and_values_in_int8(bench: Callable[..., Any], lbq: Callable[..., Any]) -> None:
+    options = ("--shape", "tiny", "--depth", "0,300", "--kv-cache", "int8")
+    plain, eight = (json.loads(bench(*shown, "--json").out)["rows"] for shown in (options[:4], options))
+    for exact, rounded in zip(plain, eight, strict=True):
+        assert rounded["decoded"]["cache_dtype"] == "int8"
+        assert rounded["decoded"]["cache_bytes"] < exact["decoded"]["cache_bytes"] / 3
+        assert exact["decoded"]["check"]["kl"] < rounded["decoded"]["check"]["kl"] < 1e-2
+    done = bench(*options)
+    assert "keys and values in int8" in done.out
+    assert done.out.count("FALLBACK keys and values") == 1
+    profiled = lbq("profile", *options[:2], "--device", "cpu", "--steps", "2", "--kv-cache", "int8")
+    assert profiled.code == 0, profiled.err
+
+
 def test_garbage_is_a_failure(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = DecoderEngine.decode
     monkeypatch.setattr(DecoderEngine, "decode", lambda self, token: plain(self, token).roll(1))

@@ -51,13 +51,15 @@ class Speed:
 @dataclass(frozen=True)
 class Decoded:
     """What one case gave. Seconds to the first token are a prompt's; ``cold``: of the first round, in which kernels are
-    compiled or loaded and graphs captured. ``cache_bytes``: keys and values that the middle new token reads."""
+    compiled or loaded and graphs captured. ``cache_bytes``: keys and values that the middle new token reads, kept as
+    ``cache_dtype``."""
 
     speed: Speed
     first_token_seconds: float
     cold_seconds: float
     peak_bytes: int
     cache_bytes: int
+    cache_dtype: str
     check: Check
 
 
@@ -96,6 +98,7 @@ def decode(weights: Weights, decoder: Decoder, place: Place, load: Workload, dep
         rounds[0].first,
         most,
         round(sum(read_bytes(decoder.spec, held, depth + load.prompt + (load.new - 1) / 2))),
+        _dtype(held),
         check(logits, new, expected, repeats=all(one.tokens == new for one in rounds), greedy=not load.sampled),
     )
 
@@ -136,6 +139,12 @@ def read_bytes(spec: ModelSpec, state: DecoderState, position: float) -> list[fl
         _slot_bytes(cache) * min(position + 1, spec.layer(i).mixer.window or position + 1)
         for i, cache in enumerate(state.layers)
     ]
+
+
+def _dtype(state: DecoderState) -> str:
+    cache = state.layers[0]
+    assert isinstance(cache, KVCache)
+    return str(cache.kv.dtype).removeprefix("torch.")
 
 
 def _slot_bytes(cache: MixerState) -> float:

@@ -72,6 +72,7 @@ class Row:
     decoded: Decoded | None
     skipped: str | None
     kernels: tuple[KernelUse, ...]
+    cache_fallback: str | None  # why keys and values are not read as they are kept, if so
 
     @property
     def fault(self) -> str | None:
@@ -286,4 +287,5 @@ class _Measuring:
             decoded,
             skipped,
             bound.kernels if bound else (),
+            self._device.cache_fallback(bound.decoder) if bound else None,
         )

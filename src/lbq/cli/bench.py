@@ -12,7 +12,7 @@ import click
 from lbq.cli.benched import print_report
 from lbq.cli.display import note, plain, print_json
 from lbq.cli.options import number_list
-from lbq.cli.subject import check_place, find_subject, shape_option
+from lbq.cli.subject import check_place, find_subject, kv_cache_option, shape_option
 from lbq.formats.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Beside one to warm up.")
 @click.option("--sampled", is_flag=True, help="Draw tokens, temperature 0.7, top-k 20, top-p 0.95.  [greedy]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@kv_cache_option
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a roofline, FILE.svg.")
 @click.option("--peers", is_flag=True, help="Run other engines at the same shape too: those that are installed.")
@@ -53,6 +54,7 @@ def bench(
     rounds: int,
     sampled: bool,
     device: Any,
+    kv_cache: Any,
     threads: int | None,
     picture: Path | None,
     peers: bool,
@@ -75,7 +77,7 @@ def bench(
         raise UsageError("--peers decode greedily, with nothing before the prompt: no --sampled, and 0 in --depth")
     if threads is not None:
         set_threads(threads)
-    where = find_device(device, exact=False)
+    where = find_device(device, exact=False, kv_cache=kv_cache)
     if where.note is not None:
         note(where.note)
     load = Workload(prompt, new, rounds, sampled)

@@ -38,16 +38,18 @@ def print_report(report: Report, as_markdown: bool) -> None:
 def _lines(report: Report) -> list[str]:
     on, load = report.machine, report.load
     how = "drawn" if load.sampled else "greedy"
+    kept = dict.fromkeys(row.decoded.cache_dtype for row in report.rows if row.decoded is not None)
     lines = [
         f"{on.name}, {on.detail}, torch {on.torch}; memory copied at {rate(on.copy)}, read and written",
-        f"one text, a prompt of {load.prompt} and {load.new} new tokens, {how}: median (slowest – fastest) of "
-        f"{counted(load.rounds, 'round')}; cold: the first token of a round before them",
+        f"one text, a prompt of {load.prompt} and {load.new} new tokens, {how}, keys and values in {', '.join(kept)}: "
+        f"median (slowest – fastest) of {counted(load.rounds, 'round')}; cold: the first token of a round before them",
         *dict.fromkeys(f"not run: {row.skipped}" for row in report.rows if row.skipped),
         *(f"{peer.name}: {peer.failure}" for peer in report.peers if peer.failure),
     ]
     lines += dict.fromkeys(_loading(row, on) for row in report.rows if row.load_seconds)
     kernels = dict.fromkeys(use for row in report.rows for use in row.kernels)
     lines += [f"FALLBACK {use.units}: {use.kernel}, because {use.fallback}" for use in kernels if use.fallback]
+    lines += dict.fromkeys(f"FALLBACK keys and values: {r.cache_fallback}" for r in report.rows if r.cache_fallback)
     if any(row.share is not None and row.share > 1 for row in report.rows):
         lines.append("a share above 100%: these weights come from the processor's cache, not from its memory")
     return lines

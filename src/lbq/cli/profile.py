@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbq.cli.display import note, plain, print_json, size, table
-from lbq.cli.subject import check_place, find_subject, rate, seconds, shape_option
+from lbq.cli.subject import check_place, find_subject, kv_cache_option, rate, seconds, shape_option
 from lbq.formats.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ COLUMNS = ("launch", "kernel", "count", "each", "a step", "of the step", "bytes"
 @click.option("--depth", type=click.IntRange(1), default=256, show_default=True, help="Tokens held before the step.")
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="The median of so many.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@kv_cache_option
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a Chrome trace, FILE.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -39,6 +40,7 @@ def profile(
     depth: int,
     steps: int,
     device: Any,
+    kv_cache: Any,
     threads: int | None,
     trace: Path | None,
     as_json: bool,
@@ -57,7 +59,7 @@ def profile(
     check_place(trace)
     if threads is not None:
         set_threads(threads)
-    where = find_device(device, exact=False)
+    where = find_device(device, exact=False, kv_cache=kv_cache)
     if where.note is not None:
         note(where.note)
     with ExitStack() as stack:

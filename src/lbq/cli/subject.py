@@ -24,6 +24,10 @@ shape_option = click.option(
     help=f"Random weights of this shape, and nothing is fetched: {', '.join(SHAPES)}.",
 )
 
+kv_cache_option = click.option(
+    "--kv-cache", type=click.Choice(["auto", "int8"]), default="auto", help="int8: half a GPU's memory, less exact."
+)
+
 
 @dataclass(frozen=True)
 class Subject:
