@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lbq.peers import run
+from lbq.peers.child import answer
 from lbq.peers.contenders import CONTENDERS
 from lbq.peers.models import config_of
 from lbq.peers.run import run_peers
@@ -72,8 +73,12 @@ def test_the_same_shape(shape: str) -> None:
     assert linears == sorted((p.out_features, p.in_features) for p in spec.projections())
 
 
-def test_one_that_runs(lbq: Callable[..., Any], only: Callable[..., None], tmp_path: Path) -> None:
+def test_one_that_runs(
+    lbq: Callable[..., Any], only: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     only(EAGER)
+    (tmp_path / "transformers.py").write_text("raise SystemExit('this is not transformers')")
+    monkeypatch.chdir(tmp_path)
     options = ("--device", "cpu", "--prompt", "5", "--tokens", "4", "--rounds", "2", "--picture", tmp_path / "a.svg")
     done = lbq("bench", "--shape", "tiny", *options, "--peers", "--json")
     assert done.code == 0, done.err
@@ -83,6 +88,16 @@ def test_one_that_runs(lbq: Callable[..., Any], only: Callable[..., None], tmp_p
     assert peer["nbytes"] > 2 * sum(p.out_features * p.in_features for p in SPEC.projections())
     assert llama["failure"] is not None
     assert (tmp_path / "a.svg").read_text().count("<circle") == 2
+
+
+def test_rates() -> None:
+    """No rate where the clock tells nothing of the other tokens."""
+    found = answer(9, [(1.0, 3.0), (1.5, 5.0), (1.0, 2.0)])
+    assert (found.rates, found.first_token_seconds) == ((4.0, 2.0, 8.0), 1.0)
+    noisy = answer(4, [(1.0, 3.0), (1.5, 0.9), (1.0, 2.0)])
+    assert noisy.rates == ()
+    assert noisy.failure is not None
+    assert noisy.failure.startswith("4 tokens took it no longer than 1: ")
 
 
 def test_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import statistics
 import sys
+from collections.abc import Sequence
 
 import msgspec
 import torch
@@ -21,12 +23,21 @@ def decode(job: Job) -> Answer:
     model = random_model(job.spec, device)
     contender.prepare(model, device)
     generating = Generating(model, device, compiled=contender.compiled)
-    rates, first = [], []
-    for _ in range(1 + job.rounds):
-        one, all_ = generating.seconds(job.prompt, 1), generating.seconds(job.prompt, job.new)
-        first.append(one)
-        rates.append((job.new - 1) / max(1e-9, all_ - one))
-    return Answer(tuple(rates[1:]), sorted(first[1:])[job.rounds // 2])
+    rounds = [
+        (generating.seconds(job.prompt, 1), generating.seconds(job.prompt, job.new)) for _ in range(1 + job.rounds)
+    ]
+    return answer(job.new, rounds[1:])
+
+
+def answer(new: int, rounds: Sequence[tuple[float, float]]) -> Answer:
+    """What rounds of seconds for one token and for ``new`` of them say."""
+    first = statistics.median(one for one, _ in rounds)
+    rest = [all_ - first for _, all_ in rounds]
+    if min(rest) <= 0:
+        return Answer(
+            failure=f"{new} tokens took it no longer than 1: something else runs here, or --tokens are too few"
+        )
+    return Answer(tuple((new - 1) / seconds for seconds in rest), first)
 
 
 def main() -> None:
@@ -35,11 +46,11 @@ def main() -> None:
     os.dup2(2, 1)
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
     try:
-        answer = decode(job)
+        found = decode(job)
     except Exception as error:  # whatever it is, it is the peer's, and the others go on
         text = " ".join(str(error).split())[:200]
-        answer = Answer(failure=f"{type(error).__name__}: {text}")
-    answers.write(msgspec.json.encode(answer))
+        found = Answer(failure=f"{type(error).__name__}: {text}")
+    answers.write(msgspec.json.encode(found))
     answers.close()
 
 

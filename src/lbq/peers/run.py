@@ -58,7 +58,8 @@ def _contend(contender: Contender, spec: ModelSpec, load: Workload, device: torc
         "cuda" if device.type == "cuda" else "cpu",
         torch.get_num_threads(),
     )
-    out, failure = _run([sys.executable, "-m", "lbq.peers.child"], msgspec.json.encode(job), limit)
+    child = [sys.executable, "-P", "-m", "lbq.peers.child"]  # -P: what lies in the current folder is no package
+    out, failure = _run(child, msgspec.json.encode(job), limit)
     answer = Answer(failure=failure)
     if failure is None:
         answer = msgspec.json.decode(out, type=Answer)
