@@ -79,7 +79,7 @@ def test_one_that_runs(
     only(EAGER)
     (tmp_path / "transformers.py").write_text("raise SystemExit('this is not transformers')")
     monkeypatch.chdir(tmp_path)
-    options = ("--device", "cpu", "--prompt", "5", "--tokens", "4", "--rounds", "2", "--picture", tmp_path / "a.svg")
+    options = ("--device", "cpu", "--prompt", "5", "--tokens", "64", "--rounds", "3", "--picture", tmp_path / "a.svg")
     done = lbq("bench", "--shape", "tiny", *options, "--peers", "--json")
     assert done.code == 0, done.err
     peer, llama = json.loads(done.out)["peers"]
