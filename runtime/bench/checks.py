@@ -10,13 +10,14 @@ import torch
 from lbq.formats.packing import PackedWeight
 from lbq.runtime.bench.context import GROUP, Bench, Model, put, state_at
 from lbq.runtime.bench.shapes import SHAPES
+from lbq.runtime.bench.tune import shorts
 from lbq.runtime.bench.weights import RandomWeights
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import CudaEngine
 from lbq.runtime.fused.engine import FusedEngine
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.kernels import gemv, planes
-from lbq.runtime.kernels.attention import Cache, Heads, Scratch, attend, split_for
+from lbq.runtime.kernels.attention import Cache, Heads, Scratch, Short, attend, attend_short, split_for
 from lbq.runtime.kernels.attention import reference as plain_attention
 from lbq.runtime.kernels.gemv import Tile
 from lbq.runtime.kernels.gemv.reference import gemv as float64_product
@@ -107,11 +108,13 @@ def _attentions(bench: Bench) -> Iterator[Case]:
     for kv_heads, group, dim, positions in cases:
         heads = Heads(kv_heads, group, dim, dim, dim**-0.5)
         for position in positions:
-            yield _attended(bench, heads, position, torch.float16, 1e-3)
-            yield _attended(bench, heads, position, torch.int8, 5e-3)
+            yield _attended(bench, heads, position, torch.float16, 1e-3, None)
+            yield _attended(bench, heads, position, torch.int8, 5e-3, None)
+            for short in shorts(heads)[: 1 if bench.toy else None]:
+                yield _attended(bench, heads, position, torch.float16, 2e-4, short)
 
 
-def _attended(bench: Bench, heads: Heads, position: int, dtype: torch.dtype, bound: float) -> Case:
+def _attended(bench: Bench, heads: Heads, position: int, dtype: torch.dtype, bound: float, short: Short | None) -> Case:
     slots, split = position + 64, split_for(heads, bench.sms)
     kv = torch.randn(2, heads.kv_heads, slots, heads.dim, device=bench.device)
     scales = kv.abs().amax(-1) / 127 if dtype == torch.int8 else None
@@ -121,13 +124,17 @@ def _attended(bench: Bench, heads: Heads, position: int, dtype: torch.dtype, bou
     qkv = torch.randn(heads.width, device=bench.device)
     to = Activations.empty(heads.kv_heads * heads.group * heads.dim, 4, bench.device)
     at, scratch = torch.tensor([position], device=bench.device), Scratch.empty(heads, split, bench.device)
-    attend(qkv, heads, None, None, angles, at, Cache(cached, scales), scratch, split, to, pdl=bench.pdl)
+    text = (qkv, heads, None, None, angles, at, Cache(cached, scales))
+    if short is None:
+        attend(*text, scratch, split, to, pdl=bench.pdl)
+    else:
+        attend_short(*text, short, to, pdl=bench.pdl)
     q, _, _ = plain_attention.new_entry(qkv, heads, None, None, angles[0][position], angles[1][position])
     seen = cached[:, :, : position + 1].double()
     if scales is not None:
         seen *= scales[:, :, : position + 1, None].double()
     error = relative_error(value(to), plain_attention.attend(q, seen[0], seen[1], heads))
-    kind = str(dtype).removeprefix("torch.")
+    kind = str(dtype).removeprefix("torch.") + (f" {short.block}/{short.warps} in one part" if short else "")
     return f"attention {heads.kv_heads}×{heads.group}×{heads.dim} {kind} | position {position}", error, bound
 
 
@@ -138,10 +145,13 @@ def check_step(bench: Bench, model: Model) -> None:
     decoder = model.decoder(bench.device)
     state = state_at(decoder, slots, depth)
     exact = DecoderEngine(model.decoder(bench.device, exact=True), slots)
+    cut = Short(until=0)
     engines = {
         "present": CudaEngine(decoder, slots, graphs=not bench.toy),
         "fused": FusedEngine(decoder, slots, plan=Plan(), graphs=not bench.toy),
         "fused, PDL": FusedEngine(decoder, slots, plan=Plan(pdl=bench.pdl), graphs=not bench.toy),
+        "fused, as shipped": FusedEngine(decoder, slots, graphs=not bench.toy),
+        "fused, cut cache, PDL": FusedEngine(decoder, slots, plan=Plan(short=cut, pdl=bench.pdl), graphs=not bench.toy),
     }
     exact._state.layers = exact._decoder.new_state(slots, fixed=True).layers
     for engine in (exact, *engines.values()):
@@ -158,7 +168,7 @@ def check_step(bench: Bench, model: Model) -> None:
             same &= torch.equal(engine.decode(5), logits)
         worst = float((logits - expected).abs().max())
         bench.say(f"| {name} | {divergence(expected, logits):.1e} | {worst:.1e} | {'yes' if same else '**NO**'} |")
-        if name != "present":
+        if name in ("fused", "fused, PDL"):
             first = logits if first is None else first
             if not torch.equal(first, logits):
                 bench.say("**The fused step gives other bits with PDL than without.**")

@@ -60,7 +60,8 @@ def compile_job(job: Job) -> str | None:
                 cache_ = decoder.new_state(256, dtype=torch.float16, fixed=True).layers[0]
                 assert isinstance(cache_, KVCache)
                 position = torch.zeros(1, dtype=torch.int64, device=decoder.device)
-                step.layers[0].attention.launch(position, cache_, pdl=job.plan.pdl)
+                for short in (False, True):
+                    step.layers[0].attention.launch(position, cache_, pdl=job.plan.pdl, short=short)
             else:
                 step.products(job.role)[0].launch(pdl=job.plan.pdl)
         torch.cuda.synchronize()
@@ -84,7 +85,7 @@ def jobs_of(model: Model, plans: list[Plan]) -> list[Job]:
     for plan in plans:
         for role in ROLES:
             found.setdefault((role, getattr(plan, role), plan.pdl), Job(model, role, plan))
-        found.setdefault(("attention", plan.split, plan.pdl), Job(model, "attention", plan))
+        found.setdefault(("attention", plan.split, plan.short, plan.pdl), Job(model, "attention", plan))
     return list(found.values())
 
 

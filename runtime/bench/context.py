@@ -18,6 +18,7 @@ from lbq.runtime.cache import DecoderState, KVCache
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.fused.plan import Plan
+from lbq.runtime.kernels.attention import Heads, Split
 from lbq.runtime.kernels.gemv import sm_count
 
 GROUP, PROMPT, NEW = 256, 128, 256
@@ -52,6 +53,7 @@ class Bench:
     lines: list[str] = field(default_factory=list)
     copy: float = 1e9
     best: dict[Model, Plan] = field(default_factory=dict)
+    cuts: dict[Heads, tuple[Split, int]] = field(default_factory=dict)  # how a long text is cut, and until when none is
     pool: ProcessPoolExecutor | None = None
 
     @property

@@ -11,11 +11,12 @@ import torch
 
 from lbq.runtime.bench.compiling import compile_all, jobs_of
 from lbq.runtime.bench.context import NEW, PROMPT, Bench, Model, put, state_at
+from lbq.runtime.bench.heads import tune_heads
 from lbq.runtime.bench.tune import Search, Tried
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import CudaEngine
-from lbq.runtime.fused.engine import FusedEngine
+from lbq.runtime.fused.engine import FusedEngine, default_plan
 from lbq.runtime.fused.plan import ROLES, Plan
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.text.sampling import Sampler, SamplingOptions
@@ -113,14 +114,22 @@ def tune_model(bench: Bench, model: Model) -> None:
     search = search_of(bench, model, decoder)
     tried = search.descend(Plan(pdl=bench.pdl))
     best = tried[-1]
-    bench.best[model] = best.plan
+    bench.best[model] = tune_heads(bench, model, best.plan)
     bench.say(f"{len(tried) - 1} plans, from {tried[0].seconds * 1e6:.0f} to {best.seconds * 1e6:.0f} µs a step:\n")
     bench.say(f"    {best.plan}\n")
     _tell(bench, tried)
     without = search.seconds(replace(best.plan, pdl=False))
     bench.say(f"\nThe same without PDL: {without * 1e6:.0f} µs")
     roles(bench, decoder, best.plan)
-    time_engines(bench, decoder, {"rule": Plan(pdl=bench.pdl), "tuned": best.plan})
+    time_engines(bench, decoder, {"rule": Plan(pdl=bench.pdl), "tuned": bench.best[model]})
+
+
+def time_model(bench: Bench, model: Model) -> None:
+    """Engines by what is shipped for this GPU."""
+    decoder = model.decoder(bench.device)
+    plan = default_plan(bench.device)
+    roles(bench, decoder, plan)
+    time_engines(bench, decoder, {"shipped": plan})
 
 
 def _tell(bench: Bench, tried: list[Tried]) -> None:
@@ -137,9 +146,8 @@ def _tell(bench: Bench, tried: list[Tried]) -> None:
 
 def _label(kind: str, plan: Plan) -> str:
     role = kind.split()[0].removesuffix(":")
-    if role == "split":
-        s = plan.split
-        return "" if s is None else f"{s.splits}×{s.block} least {s.least} stages {s.stages} warps {s.warps}"
+    if role == "short":
+        return "" if plan.short is None else f"{plan.short.block}/{plan.short.warps}"
     how = getattr(plan, role, None)
     if how is None:
         return ""
@@ -159,7 +167,7 @@ def roles(bench: Bench, decoder: Decoder, plan: Plan) -> None:
     caches = zip(step.layers, state.layers, strict=True)
     chains: dict[str, tuple[list[Callable[[], None]], int]] = {
         "attention": (
-            [partial(layer.attention.launch, at, cache_, pdl=plan.pdl) for layer, cache_ in caches],  # type: ignore[arg-type]
+            [partial(layer.attention.launch, at, cache_, pdl=plan.pdl, short=True) for layer, cache_ in caches],  # type: ignore[arg-type]
             kv_bytes(decoder, position) // len(step.layers),
         )
     }

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from lbq.runtime.decoder import Decoder
-from lbq.runtime.fused.plan import ROLES, Plan, Role
+from lbq.runtime.fused.plan import ROLES, Plan, Projecting, Role
 from lbq.runtime.fused.step import FusedStep
-from lbq.runtime.kernels.attention import Heads, Split
+from lbq.runtime.kernels.attention import Heads, Short, Split, serves_short, split_for
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile
 from lbq.runtime.kernels.gemv.tiles import codes_a_column
 
 STEPS = 128  # the most words a thread opens in a fully unrolled kernel
+
+AGAIN = 4  # tiles of a role that are tried a second time
 
 ORDER: tuple[Role, ...] = ("gate_up", "down", "qkv", "out", "head")  # most time first
 
@@ -35,28 +37,33 @@ def tiles(role: Role, k: int, bits: int) -> list[Tile]:
     columns = -(-k // codes_a_column(bits))
     least = 2 if role == "gate_up" else 1
     found = [Tile(r * least, 128 * w, w) for r in (1, 2, 4) for w in (1, 2, 4)]
-    found += [Tile(r, c, w) for r, c, w in ((16, 32, 2), (16, 64, 4), (8, 64, 4), (8, 128, 8))]
+    found += [Tile(r, c, w) for r, c, w in ((16, 32, 2), (16, 64, 4), (8, 64, 4), (8, 128, 8), (16, 128, 8))]
+    if bits == 3:  # its rows have a quarter of INT8's columns
+        found += [Tile(r, c, w) for r, c, w in ((8, 32, 2), (4, 64, 4), (16, 64, 8), (32, 32, 4))]
     if role in ("out", "down", "gate_up"):  # programs that own whole blocks of 32 outputs
         found += [Tile(32 * least, c, w) for c, w in ((32, 2), (32, 4), (64, 4), (64, 8), (128, 8), (128, 16))]
+    found = list(dict.fromkeys(found))
     found = [t for t in found if t.columns < 2 * columns or t.columns == 32]
     return [t for t in found if t.rows * t.columns // (32 * t.warps) * -(-columns // t.columns) <= STEPS]
 
 
-def splits(now: Split) -> list[Split]:
-    """Other ways to cut a cache."""
-    found = [
-        Split(now.splits, block, least, stages, warps)
-        for block, least, stages, warps in (
-            (32, 32, 2, 2),
-            (64, 64, 2, 4),
-            (64, 64, 3, 4),
-            (64, 128, 2, 4),
-            (64, 256, 3, 4),
-            (128, 128, 2, 4),
-            (32, 64, 3, 2),
-        )
+def splits(heads: Heads, sm_count: int) -> list[Split]:
+    """Ways to cut a long cache: one to two programs for each multiprocessor."""
+    most = split_for(heads, sm_count).splits
+    shapes = ((64, 64, 2, 4), (64, 64, 3, 4), (64, 64, 4, 4), (128, 128, 2, 4), (128, 128, 3, 8), (32, 64, 4, 2))
+    return [
+        Split(n, block, least, stages, warps)
+        for n in dict.fromkeys((most, max(1, most // 2)))
+        for block, least, stages, warps in shapes
     ]
-    return [s for s in (*found, replace(now, splits=max(1, now.splits // 2))) if s != now]
+
+
+def shorts(heads: Heads) -> list[Short]:
+    """Ways to attend to a short text."""
+    if not serves_short(heads):
+        return []
+    found = [Short(block=b, warps=w) for b, w in ((64, 4), (64, 8), (128, 4), (128, 8), (128, 16), (256, 8), (256, 16))]
+    return [short for short in found if short.fits(heads)]
 
 
 def candidates(plan: Plan, role: Role, weight: ArrangedWeight, sm_count: int) -> Iterator[Plan]:
@@ -101,8 +108,9 @@ class Search:
     def descend(self, plan: Plan) -> list[Tried]:
         """Try candidates role by role, keeping what is faster; the last of the list is the plan that won.
 
-        Tiles first, then for each role the ways to hand planes on and to wait, then how attention cuts the cache. Ends
-        early, with what it has, when no time is left.
+        Tiles first, then for each role the ways to hand planes on and to wait, then the best of the tiles again with
+        all that was found, each in both ways to hand planes on, then attention. Ends early, with what it has, when no
+        time is left.
         """
         tried = [Tried("rule", plan, self.seconds(plan))]
         best, weights = tried[0], step_weights(self.decoder)
@@ -115,9 +123,25 @@ class Search:
         self.prepare(turned)
         for role, weight in weights.items():
             best = self._attempt(tried, best, f"{role} way", variants(best.plan, role, weight, self.sm_count))
-        now = best.plan.splitting(first_heads(self.decoder), self.sm_count)
-        best = self._attempt(tried, best, "split", [replace(best.plan, split=split) for split in splits(now)])
+        again = {role: self._again(tried, best.plan, role) for role in ORDER if role in weights}
+        self.prepare([plan for plans in again.values() for plan in plans])
+        for role in again:
+            best = self._attempt(tried, best, f"{role} again", self._again(tried, best.plan, role))
+        heads = first_heads(self.decoder)
+        best = self._attempt(tried, best, "short", [replace(best.plan, short=short) for short in shorts(heads)])
         return [*tried, replace(best, what="best")]
+
+    def _again(self, tried: list[Tried], plan: Plan, role: Role) -> list[Plan]:
+        """``plan`` with the best few of the tiles tried for ``role``, in both ways to hand planes on."""
+        now: Projecting | None = getattr(plan, role)
+        ranked = sorted((t for t in tried if t.what == f"{role} tile" and t.seconds == t.seconds), key=_seconds)
+        found = []
+        for one in ranked[:AGAIN]:
+            other: Projecting = getattr(one.plan, role)
+            for apart in (False, True) if role in ("out", "gate_up", "down") else (False,):
+                how = replace(other, apart=apart, ahead=other.ahead if now is None else now.ahead)
+                found.append(plan.with_role(role, how))
+        return [one for one in found if one != plan][: self.most]
 
     def _attempt(self, tried: list[Tried], best: Tried, what: str, plans: Iterable[Plan]) -> Tried:
         for one in list(plans)[: self.most]:
@@ -137,5 +161,9 @@ class Search:
         found = [plan]
         for role, weight in step_weights(self.decoder).items():
             found += list(candidates(plan, role, weight, self.sm_count))[: self.most]
-        now = plan.splitting(first_heads(self.decoder), self.sm_count)
-        return found + [replace(plan, split=split) for split in splits(now)[: self.most]]
+        heads = first_heads(self.decoder)
+        return found + [replace(plan, short=short) for short in shorts(heads)[: self.most]]
+
+
+def _seconds(one: Tried) -> float:
+    return one.seconds

@@ -13,6 +13,7 @@ from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
+from lbq.runtime.fused.tables import device_table
 from lbq.runtime.kernels.sample import Chain, Choice, choose
 from lbq.runtime.text.sampling import BROKEN_LOGITS, SamplingOptions
 
@@ -38,11 +39,12 @@ class FusedEngine(DecoderEngine):
     ) -> None:
         """``graphs=False`` launches the same step kernel by kernel, on any device."""
         super().__init__(decoder, context, cache_dtype=cache_dtype, slots=context)
-        self._step = FusedStep(decoder, context, plan or default_plan(decoder.device))
-        self._pdl = (plan or default_plan(decoder.device)).pdl
+        plan = plan or default_plan(decoder.device)
+        self._step = FusedStep(decoder, context, plan)
+        self._pdl = plan.pdl
         self._chain = Chain(decoder.spec.vocab_size, context, decoder.device)
         self._use_graphs = graphs
-        self._graphs: dict[Choice | None, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[Choice | None, bool], torch.cuda.CUDAGraph] = {}
 
     @property
     def launches(self) -> int:
@@ -53,7 +55,7 @@ class FusedEngine(DecoderEngine):
         position = self.position
         assert position < self.context
         self._chain.start(token, position)
-        self._launch(None)
+        self._launch(None, position)
         self._state.length = position + 1
         return self._step.logits
 
@@ -84,7 +86,7 @@ class FusedEngine(DecoderEngine):
         launched = 0
         for i in range(most):
             while launched < min(i + AHEAD, most - 1):
-                self._launch(choice)
+                self._launch(choice, start + launched)
                 launched += 1
                 tokens.ask(start + launched)
             token = tokens.read()
@@ -94,21 +96,22 @@ class FusedEngine(DecoderEngine):
             yield token
             self._state.length = min(start + i + 1, start + launched)
 
-    def _launch(self, choice: Choice | None) -> None:
-        """The step at what the chain holds, and the choice of the next token unless ``choice`` is None."""
+    def _launch(self, choice: Choice | None, position: int) -> None:
+        """The step at what the chain holds, which is at ``position``, and the choice of the next token, if any."""
+        short = position < self._step.short_until
         if not self._use_graphs:
-            self._run(choice)
+            self._run(choice, short)
             return
-        if choice not in self._graphs:
-            self._graphs[choice] = self._captured(choice)
-        self._graphs[choice].replay()
+        if (choice, short) not in self._graphs:
+            self._graphs[choice, short] = self._captured(choice, short)
+        self._graphs[choice, short].replay()
 
-    def _run(self, choice: Choice | None) -> None:
-        logits = self._step.run(self._chain.token, self._chain.position, self._state)
+    def _run(self, choice: Choice | None, short: bool) -> None:
+        logits = self._step.run(self._chain.token, self._chain.position, self._state, short=short)
         if choice is not None:
             choose(logits, self._chain, choice, pdl=self._pdl)
 
-    def _captured(self, choice: Choice | None) -> torch.cuda.CUDAGraph:
+    def _captured(self, choice: Choice | None, short: bool) -> torch.cuda.CUDAGraph:
         chain = self._chain
         kept = [chain.token.clone(), chain.position.clone(), chain.seen.clone()]  # warming up goes on by some tokens
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -116,19 +119,20 @@ class FusedEngine(DecoderEngine):
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 chain.position.copy_(kept[1])
-                self._run(choice)
+                self._run(choice, short)
             for to, was in zip((chain.token, chain.position, chain.seen), kept, strict=True):
                 to.copy_(was)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._run(choice)
+            self._run(choice, short)
         return graph
 
 
 def default_plan(device: torch.device) -> Plan:
-    """The rule, with programmatic dependent launch where the GPU has it."""
-    return Plan(pdl=device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
+    """What was measured on such a GPU, else the rules; with programmatic dependent launch where the GPU has it."""
+    pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return Plan(pdl=pdl, table=device_table(device))
 
 
 @dataclass

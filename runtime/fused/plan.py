@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lbq.runtime.kernels.attention import Heads, Split, split_for
+from lbq.runtime.fused.tables import Table
+from lbq.runtime.kernels.attention import Heads, Short, Split, serves_short, split_for
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile, tile
 
 Role = Literal["qkv", "out", "gate_up", "down", "head"]
@@ -31,7 +32,7 @@ class Projecting:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen by measuring; what is None follows the rule."""
+    """What was chosen; what is None follows the table, and where that says nothing the rule."""
 
     qkv: Projecting | None = None
     out: Projecting | None = None
@@ -39,16 +40,41 @@ class Plan:
     down: Projecting | None = None
     head: Projecting | None = None
     split: Split | None = None
+    short: Short | None = None
     pdl: bool = False  # programmatic dependent launch, sm_90 on
+    table: Table | None = None  # what was measured on this GPU
 
     def projecting(self, role: Role, weight: ArrangedWeight, sm_count: int) -> Projecting:
         """How ``role`` runs on ``weight``."""
         chosen: Projecting | None = getattr(self, role)
-        return chosen or _rule(role, weight, sm_count)
+        if chosen is not None:
+            return chosen
+        measured = self.table.projection(role, weight) if self.table else None
+        if measured is not None:
+            return Projecting(measured.tile, measured.apart, measured.ahead)
+        return _rule(role, weight, sm_count)
 
     def splitting(self, heads: Heads, sm_count: int) -> Split:
         """How attention of ``heads`` cuts the cache."""
-        return self.split or split_for(heads, sm_count)
+        measured = self.table.heads(heads) if self.table else None
+        return self.split or (measured.split if measured else split_for(heads, sm_count))
+
+    def shortening(self, heads: Heads) -> Short | None:
+        """How ``heads`` attend to a short text in one part; None where they cannot."""
+        measured = self.table.heads(heads) if self.table else None
+        short = self.short or (measured.short if measured else Short())
+        return short if serves_short(heads) and short.fits(heads) else None
+
+    def origin(self, role: Role, weight: ArrangedWeight) -> str:
+        """Where the choice for ``role`` comes from, in words."""
+        if getattr(self, role) is not None:
+            return "chosen"
+        measured = self.table.projection(role, weight) if self.table else None
+        if self.table is None or measured is None:
+            return "rule"
+        exact = (measured.n, measured.k, measured.group) == (weight.n, weight.k, weight.group)
+        shape = "" if exact else f" at {measured.n}×{measured.k}"
+        return f"measured on {self.table.gpu}{shape}"
 
     def with_role(self, role: Role, projecting: Projecting) -> Plan:
         """The same with another choice for one role."""

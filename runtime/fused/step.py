@@ -16,7 +16,7 @@ from lbq.runtime.cache import DecoderState, KVCache
 from lbq.runtime.decoder import Decoder, DecoderLayer
 from lbq.runtime.fused.plan import ROLES, Plan, Projecting, Role
 from lbq.runtime.kernels import attention, planes
-from lbq.runtime.kernels.attention import Cache, Heads, Norms, Scratch, Split
+from lbq.runtime.kernels.attention import Cache, Heads, Norms, Scratch, Short, Split
 from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
 from lbq.runtime.kernels.gemv import ArrangedWeight, sm_count
 from lbq.runtime.kernels.planes import Activations, Normed
@@ -100,22 +100,16 @@ class Attending:
     angles: tuple[torch.Tensor, torch.Tensor]
     scratch: Scratch
     split: Split
+    short: Short | None  # None: this way cannot serve these heads
     to: Activations
 
-    def launch(self, position: torch.Tensor, cache: KVCache, *, pdl: bool) -> None:
-        attention.attend(
-            self.qkv,
-            self.heads,
-            self.q_norm,
-            self.k_norm,
-            self.angles,
-            position,
-            Cache(cache.kv, cache.scales),
-            self.scratch,
-            self.split,
-            self.to,
-            pdl=pdl,
-        )
+    def launch(self, position: torch.Tensor, cache: KVCache, *, pdl: bool, short: bool = False) -> None:
+        """``short``: the way made for short texts, where there is one; none reads int8."""
+        text = (self.qkv, self.heads, self.q_norm, self.k_norm, self.angles, position, Cache(cache.kv, cache.scales))
+        if short and self.short is not None and cache.scales is None:
+            attention.attend_short(*text, self.short, self.to, pdl=pdl)
+        else:
+            attention.attend(*text, self.scratch, self.split, self.to, pdl=pdl)
 
 
 @dataclass(frozen=True)
@@ -197,18 +191,27 @@ class FusedStep:
         apart = sum(product.how.apart and product.to is not None for product in layers)
         return 2 + len(layers) + len(self.layers) + apart
 
+    @property
+    def short_until(self) -> int:
+        """Tokens up to which a text is short: it is attended to in another way then."""
+        return max((layer.attention.short.until for layer in self.layers if layer.attention.short), default=0)
+
     @torch.inference_mode()
-    def run(self, token: torch.Tensor, position: torch.Tensor, state: DecoderState) -> torch.Tensor:
+    def run(
+        self, token: torch.Tensor, position: torch.Tensor, state: DecoderState, *, short: bool | None = None
+    ) -> torch.Tensor:
         """Take in ``token`` at ``position``, int64 [1] on the device: logits, float32 [V], the same tensor every time.
 
-        ``state``'s caches are fixed and of ``slots``; its ``length`` stays as it is.
+        ``state``'s caches are fixed and of ``slots``; its ``length`` stays as it is. ``short``: attend as to a short
+        text; None: if the text that ``state`` holds is one.
         """
         pdl = self._plan.pdl
+        short = state.length < self.short_until if short is None else short
         planes.embed(token, self._decoder.embedding, self._x, self._first, pdl=pdl)
         for layer, cache in zip(self.layers, state.layers, strict=True):
             assert isinstance(cache, KVCache)
             layer.qkv.launch(pdl=pdl)
-            layer.attention.launch(position, cache, pdl=pdl)
+            layer.attention.launch(position, cache, pdl=pdl, short=short)
             layer.out.launch(pdl=pdl)
             layer.gate_up.launch(pdl=pdl)
             layer.down.launch(pdl=pdl)
@@ -250,6 +253,7 @@ class FusedStep:
                 self._table(mixer.rotary),
                 buffers.scratch(heads, split),
                 split,
+                self._plan.shortening(heads),
                 seen,
             ),
             self._product("out", out, seen, self._x, between),

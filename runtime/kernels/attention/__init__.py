@@ -7,10 +7,23 @@ from dataclasses import dataclass
 import torch
 from triton import next_power_of_2
 
+from lbq.runtime.kernels.attention import short as short_kernel
 from lbq.runtime.kernels.attention import triton as kernels
 from lbq.runtime.kernels.planes import Activations, launch_options, plane_layout
 
-__all__ = ["Cache", "Heads", "Norms", "Scratch", "Split", "attend", "split_for", "why_not"]
+__all__ = [
+    "Cache",
+    "Heads",
+    "Norms",
+    "Scratch",
+    "Short",
+    "Split",
+    "attend",
+    "attend_short",
+    "serves_short",
+    "split_for",
+    "why_not",
+]
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,23 @@ class Split:
 def split_for(heads: Heads, sm_count: int) -> Split:
     """About two programs for each multiprocessor, once a text is long enough to keep them busy."""
     return Split(splits=max(1, min(64, next_power_of_2(2 * sm_count // heads.kv_heads + 1) // 2)))
+
+
+@dataclass(frozen=True)
+class Short:
+    """How a text of up to ``until`` tokens is attended to in one part: ``block`` tokens at a time."""
+
+    until: int = 1024
+    block: int = 128
+    warps: int = 8
+
+    def __post_init__(self) -> None:
+        assert self.block in (32, 64, 128, 256)
+        assert self.warps in (1, 2, 4, 8, 16)
+
+    def fits(self, heads: Heads) -> bool:
+        """Whether a block has tokens for every lane."""
+        return bool(self.block * next_power_of_2(heads.dim) >= 256 * self.warps)
 
 
 @dataclass(frozen=True)
@@ -96,6 +126,11 @@ def why_not(heads: Heads) -> str | None:
     return None
 
 
+def serves_short(heads: Heads) -> bool:
+    """Whether ``attend_short`` can serve ``heads``."""
+    return heads.dim % 32 == 0 and heads.dim <= 256
+
+
 def _together(heads: Heads, warps: int) -> int:
     """Parts that a merge adds in one step: what leaves a thread's registers room."""
     return int(max(1, min(8, next_power_of_2(512 * warps // (heads.group * heads.dim) + 1) // 2)))
@@ -124,15 +159,8 @@ def attend(
     cos, sin = angles
     slots = cache.kv.shape[2]
     assert why_not(heads) is None
-    assert qkv.shape == (heads.width,)
-    assert qkv.dtype == torch.float32
-    assert cache.kv.shape == (2, heads.kv_heads, slots, heads.dim)
-    assert cache.kv.is_contiguous()
-    assert cos.shape == sin.shape == (cos.shape[0], heads.rope_dims // 2)
-    assert cos.shape[0] >= slots
-    assert position.dtype == torch.int64
+    _check(qkv, heads, angles, position, cache, to)
     assert scratch.parts.shape == (heads.kv_heads, split.splits, heads.group, heads.dim)
-    assert to.planes.k == heads.kv_heads * heads.group * heads.dim
     eight = cache.scales is not None
     assert cache.kv.dtype == torch.int8 if eight else cache.kv.dtype in (torch.float16, torch.bfloat16)
     columns, width, fold = plane_layout(to.planes)
@@ -173,3 +201,77 @@ def attend(
         num_warps=split.warps,
         **launch_options(pdl),
     )
+
+
+def attend_short(
+    qkv: torch.Tensor,
+    heads: Heads,
+    q_norm: Norms | None,
+    k_norm: Norms | None,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    position: torch.Tensor,
+    cache: Cache,
+    short: Short,
+    to: Activations,
+    *,
+    pdl: bool = False,
+) -> None:
+    """What :func:`attend` does, of a 16-bit cache that is not scaled; for texts of any length, made for short ones.
+
+    ``serves_short(heads)`` must hold. Products are of float32.
+    """
+    cos, sin = angles
+    assert serves_short(heads)
+    assert short.fits(heads)
+    assert cache.scales is None
+    assert cache.kv.dtype in (torch.float16, torch.bfloat16)
+    _check(qkv, heads, angles, position, cache, to)
+    columns, width, fold = plane_layout(to.planes)
+    short_kernel.attend_short[(heads.kv_heads * heads.group,)](
+        qkv,
+        qkv if q_norm is None else q_norm.weight,
+        qkv if k_norm is None else k_norm.weight,
+        cos,
+        sin,
+        position,
+        cache.kv,
+        to.planes.q,
+        to.planes.scales,
+        cache.kv.shape[2],
+        KV_HEADS=heads.kv_heads,
+        G=heads.group,
+        D=heads.dim,
+        DIMS=heads.rope_dims,
+        SCALE=heads.scale,
+        WINDOW=heads.window or 0,
+        Q_EPS=None if q_norm is None else q_norm.eps,
+        K_EPS=None if k_norm is None else k_norm.eps,
+        BLOCK=short.block,
+        WARPS=short.warps,
+        C_OUT=columns,
+        XC_OUT=width,
+        FOLD_OUT=fold,
+        PDL=pdl,
+        num_warps=short.warps,
+        **launch_options(pdl),
+    )
+
+
+def _check(
+    qkv: torch.Tensor,
+    heads: Heads,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    position: torch.Tensor,
+    cache: Cache,
+    to: Activations,
+) -> None:
+    cos, sin = angles
+    slots = cache.kv.shape[2]
+    assert qkv.shape == (heads.width,)
+    assert qkv.dtype == torch.float32
+    assert cache.kv.shape == (2, heads.kv_heads, slots, heads.dim)
+    assert cache.kv.is_contiguous()
+    assert cos.shape == sin.shape == (cos.shape[0], heads.rope_dims // 2)
+    assert cos.shape[0] >= slots
+    assert position.dtype == torch.int64
+    assert to.planes.k == heads.kv_heads * heads.group * heads.dim

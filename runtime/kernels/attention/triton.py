@@ -20,24 +20,45 @@ _LOWEST = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def _head(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, mask, D: tl.constexpr, DIMS: tl.constexpr, EPS: tl.constexpr):
-    """Heads [·, D] whose first elements are at ``x_ptr`` [·, 1]: normed unless EPS is None, the first DIMS turned.
-
-    ``d`` [1, ·] are the elements wanted; those out of ``mask`` are zero.
-    """
+def partner(d, DIMS: tl.constexpr):
+    """The element that rope turns element ``d`` of a head with; itself past the first DIMS."""
     HALF: tl.constexpr = DIMS // 2
-    turned = d < DIMS
-    other = tl.where(d < HALF, d + HALF, tl.where(turned, d - HALF, d))  # the one it is turned with
-    x = tl.load(x_ptr + d, mask=mask, other=0.0)
-    partner = tl.load(x_ptr + other, mask=mask, other=0.0)
-    if EPS is not None:
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
-        x *= rstd * tl.load(norm_ptr + d, mask=d < D, other=0.0)
-        partner *= rstd * tl.load(norm_ptr + other, mask=d < D, other=0.0)
+    return tl.where(d < HALF, d + HALF, tl.where(d < DIMS, d - HALF, d))
+
+
+@triton.jit
+def angles(cos_ptr, sin_ptr, d, DIMS: tl.constexpr):
+    """The cosine of each element's angle, and the sine that goes with its partner."""
+    HALF: tl.constexpr = DIMS // 2
     angle = tl.where(d < HALF, d, d - HALF)
-    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
-    return x * cos + partner * tl.where(d < HALF, -sin, sin)
+    sin = tl.load(sin_ptr + angle, mask=d < DIMS, other=0.0)
+    return tl.load(cos_ptr + angle, mask=d < DIMS, other=1.0), tl.where(d < HALF, -sin, sin)
+
+
+@triton.jit
+def norm_weights(norm_ptr, d, D: tl.constexpr, DIMS: tl.constexpr, EPS: tl.constexpr):
+    """The norm's weight of each element and of its partner; ones where EPS is None."""
+    if EPS is None:
+        own = tl.full(d.shape, 1.0, tl.float32)
+        other = own
+    else:
+        own = tl.load(norm_ptr + d, mask=d < D, other=0.0)
+        other = tl.load(norm_ptr + partner(d, DIMS), mask=d < D, other=0.0)
+    return own, other
+
+
+@triton.jit
+def head(x_ptr, own, other, cos, sin, d, mask, D: tl.constexpr, DIMS: tl.constexpr, EPS: tl.constexpr):
+    """Heads [..., D] whose first elements are at ``x_ptr``: normed unless EPS is None, the first DIMS turned.
+
+    ``d`` [..., ·] are the elements wanted, those out of ``mask`` zero; ``own`` and ``other`` of ``norm_weights``.
+    """
+    x = tl.load(x_ptr + d, mask=mask, other=0.0)
+    y = tl.load(x_ptr + partner(d, DIMS), mask=mask, other=0.0)
+    turned = x * (own * cos) + y * (other * sin)
+    if EPS is not None:
+        turned *= tl.rsqrt(tl.sum(x * x, axis=len(x.shape) - 1, keep_dims=True) / D + EPS)
+    return turned
 
 
 @triton.jit(do_not_specialize=["SLOTS"])
@@ -108,15 +129,17 @@ def attend(
         used = tl.maximum(stop - start, 1) * WIDTH
         call(kv_ptr + (k_slot + start) * D, used, LEAST * WIDTH)
         call(kv_ptr + (v_slot + start) * D, used, LEAST * WIDTH)
-        tl.extra.cuda.gdc_wait()
-
     g = tl.arange(0, GP)[:, None]
     d = tl.arange(0, DP)[None, :]
     own = (g < G) & (d < D)
-    cos_ptr += position * (DIMS // 2)
-    sin_ptr += position * (DIMS // 2)
-    q = _head(qkv_ptr + (h * G + g) * D, q_norm_ptr, cos_ptr, sin_ptr, d, own, D, DIMS, Q_EPS)
-    k = _head(qkv_ptr + (KV_HEADS * G + h) * D, k_norm_ptr, cos_ptr, sin_ptr, d, d < D, D, DIMS, K_EPS)
+    cos, sin = angles(cos_ptr + position * (DIMS // 2), sin_ptr + position * (DIMS // 2), d, DIMS)
+    wq, wq_other = norm_weights(q_norm_ptr, d, D, DIMS, Q_EPS)
+    wk, wk_other = norm_weights(k_norm_ptr, d, D, DIMS, K_EPS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    q = head(qkv_ptr + (h * G + g) * D, wq, wq_other, cos, sin, d, own, D, DIMS, Q_EPS)
+    k = head(qkv_ptr + (KV_HEADS * G + h) * D, wk, wk_other, cos, sin, d, d < D, D, DIMS, K_EPS)
     v = tl.load(qkv_ptr + (KV_HEADS * G + KV_HEADS + h) * D + d, mask=d < D, other=0.0)
     q = q.to(KIND)
     newest = split == parts - 1

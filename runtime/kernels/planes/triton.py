@@ -31,14 +31,19 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def norm_blocks(norm_ptr, block, N):
+    """Blocks [·, 32] of a norm's weights [N], zero past their end: for ``store_normed``, asked for well before it."""
+    e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    return tl.load(norm_ptr + e, mask=e < N, other=0.0)
+
+
+@triton.jit
 def store_normed(
-    x, block, norm_ptr, q_ptr, s_ptr, squares_ptr, N, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr
+    x, norm, block, q_ptr, s_ptr, squares_ptr, N, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr
 ):
     """Blocks x [BB, 32] of a vector [N], zero past its end: planes of x ⊙ norm, and each block's sum of squares."""
-    e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     blocks = (N + 31) // 32
     tl.store(squares_ptr + block, tl.sum(x * x, axis=1), mask=block < blocks)
-    norm = tl.load(norm_ptr + e, mask=e < N, other=0.0)
     store_planes(x * norm, block, q_ptr, s_ptr, blocks, XC, C, FOLD, BB)
 
 
@@ -65,10 +70,11 @@ def embed(
     block = tl.program_id(0) * BB + tl.arange(0, BB)
     e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     x = tl.load(table_ptr + token * N + e, mask=e < N, other=0.0).to(tl.float32)
+    norm = norm_blocks(norm_ptr, block, N)
     if PDL:
         tl.extra.cuda.gdc_wait()
     tl.store(x_ptr + e, x, mask=e < N)
-    store_normed(x, block, norm_ptr, q_ptr, s_ptr, squares_ptr, N, XC, C, FOLD, BB)
+    store_normed(x, norm, block, q_ptr, s_ptr, squares_ptr, N, XC, C, FOLD, BB)
 
 
 @triton.jit
@@ -88,11 +94,13 @@ def norm(
     """The residual stream x float32 [N] into normed planes."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     block = tl.program_id(0) * BB + tl.arange(0, BB)
     e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    norm = norm_blocks(norm_ptr, block, N)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + e, mask=e < N, other=0.0)
-    store_normed(x, block, norm_ptr, q_ptr, s_ptr, squares_ptr, N, XC, C, FOLD, BB)
+    store_normed(x, norm, block, q_ptr, s_ptr, squares_ptr, N, XC, C, FOLD, BB)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from lbq.runtime.kernels.arrivals import arrived
 from lbq.runtime.kernels.gemv.triton import first_weights, row_products, store_planes
-from lbq.runtime.kernels.planes.triton import activate, store_normed
+from lbq.runtime.kernels.planes.triton import activate, norm_blocks, store_normed
 
 
 @triton.jit
@@ -28,8 +28,8 @@ def _squares(squares_ptr, K: tl.constexpr):
 @triton.jit
 def _hand_on(
     y,
+    norm,
     block,
-    norm_ptr,
     q_ptr,
     s_ptr,
     squares_ptr,
@@ -41,7 +41,7 @@ def _hand_on(
     BB: tl.constexpr,
 ):
     if KIND == "add":
-        store_normed(y, block, norm_ptr, q_ptr, s_ptr, squares_ptr, N, XC, C, FOLD, BB)
+        store_normed(y, norm, block, q_ptr, s_ptr, squares_ptr, N, XC, C, FOLD, BB)
     else:
         store_planes(y, block, q_ptr, s_ptr, (N + 31) // 32, XC, C, FOLD, BB)
 
@@ -102,6 +102,11 @@ def project(
         row_scale = tl.load(s_ptr + rows).to(tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + rows)
+    BLOCKS: tl.constexpr = R // 32 if R % 32 == 0 else 1
+    block = first // 32 + tl.arange(0, BLOCKS)
+    norm = 0.0
+    if KIND == "add" and C_OUT > 0:
+        norm = norm_blocks(norm_ptr, block, N)
     # With PDL the first weights are under way before the wait for the kernel that makes the activations; the wait
     # stands before the loop, because Triton 3.7.1 moves loads over one inside.
     w, w1, high, s = first_weights(w_ptr, s_ptr, rows, K, G, BITS, BW, PDL and AHEAD)
@@ -128,32 +133,18 @@ def project(
     if C_OUT == 0:
         tl.store(y_ptr + out, y, mask=out < N)
     elif R % 32 == 0:
-        block = first // 32 + tl.arange(0, R // 32)
         y = tl.where(out < N, y, 0.0)
         if KIND == "add":
             tl.store(y_ptr + out, y, mask=out < N)
-        _hand_on(
-            y.reshape(R // 32, 32),
-            block,
-            norm_ptr,
-            q_out_ptr,
-            s_out_ptr,
-            squares_out_ptr,
-            N,
-            C_OUT,
-            XC_OUT,
-            FOLD_OUT,
-            KIND,
-            R // 32,
-        )
+        y = y.reshape(BLOCKS, 32)
+        _hand_on(y, norm, block, q_out_ptr, s_out_ptr, squares_out_ptr, N, C_OUT, XC_OUT, FOLD_OUT, KIND, BLOCKS)
     else:
         tl.store(y_ptr + out, y, mask=out < N)
         shared = first // 32
         if arrived(arrivals_ptr, shared, (tl.minimum(N - shared * 32, 32) + R - 1) // R):
-            block = shared + tl.arange(0, 1)
             e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
             whole = tl.load(y_ptr + e, mask=e < N, other=0.0, cache_modifier=".cg")
-            _hand_on(whole, block, norm_ptr, q_out_ptr, s_out_ptr, squares_out_ptr, N, C_OUT, XC_OUT, FOLD_OUT, KIND, 1)
+            _hand_on(whole, norm, block, q_out_ptr, s_out_ptr, squares_out_ptr, N, C_OUT, XC_OUT, FOLD_OUT, KIND, 1)
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -134,7 +134,7 @@ def choose(logits: torch.Tensor, chain: Chain, choice: Choice, *, pdl: bool = Fa
                 WAYS=WAYS,
                 MASS=mass,
                 FIRST=i == 0,
-                **options,
+                **{**options, "num_warps": 8},
             )
     kernels.draw[grid](
         chain.scores,

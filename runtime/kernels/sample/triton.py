@@ -140,19 +140,20 @@ def narrow(
         high = highest + tl.maximum(tl.abs(highest) * 1e-6, 1e-6)
     way = tl.arange(0, WAYS)
     threshold = low + (high - low) * (way.to(tl.float32) / WAYS)
-    total = tl.zeros([WAYS], dtype=tl.float32)
+    parts = tl.zeros([PART, WAYS], dtype=tl.float32)
     for first in tl.static_range(0, BLOCK, PART):
         i = tl.program_id(0) * BLOCK + first + tl.arange(0, PART)
         x = tl.load(scores_ptr + i, mask=i < V, other=_LOWEST)
         weight = tl.exp((x - highest) * inverse) if MASS else tl.where(i < V, 1.0, 0.0)
-        total += tl.sum(tl.where(x[:, None] >= threshold[None, :], weight[:, None], 0.0), axis=0)
-    tl.store(sums_ptr + tl.program_id(0) * WAYS + way, total)
+        parts += tl.where(x[:, None] >= threshold[None, :], weight[:, None], 0.0)
+    tl.store(sums_ptr + tl.program_id(0) * WAYS + way, tl.sum(parts, axis=0))
     if arrived(arrivals_ptr, 0, PROGRAMS):
-        total = tl.zeros([WAYS], dtype=tl.float32)
-        for row in tl.range(0, PROGRAMS, 32):
-            p = row + tl.arange(0, 32)[:, None]
+        parts = tl.zeros([PART, WAYS], dtype=tl.float32)
+        for row in tl.range(0, PROGRAMS, PART):
+            p = row + tl.arange(0, PART)[:, None]
             at = sums_ptr + p * WAYS + way[None, :]
-            total += tl.sum(tl.load(at, mask=p < PROGRAMS, other=0.0, cache_modifier=".cg"), axis=0)
+            parts += tl.load(at, mask=p < PROGRAMS, other=0.0, cache_modifier=".cg")
+        total = tl.sum(parts, axis=0)
         if MASS:
             if FIRST:
                 aim = tl.max(total) * tl.load(settings_ptr + 2)  # all of it lies above the lowest threshold

@@ -8,7 +8,20 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lbq.runtime.kernels.attention import Cache, Heads, Norms, Scratch, Split, attend, reference, split_for, why_not
+from lbq.runtime.kernels.attention import (
+    Cache,
+    Heads,
+    Norms,
+    Scratch,
+    Short,
+    Split,
+    attend,
+    attend_short,
+    reference,
+    serves_short,
+    split_for,
+    why_not,
+)
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
 from lbq.runtime.kernels.planes import Activations
 from lbq.runtime.kernels.planes.reference import value
@@ -31,9 +44,19 @@ class Text:
     angles: tuple[torch.Tensor, torch.Tensor]
     random: torch.Generator
     bits: int = 4
+    short: Short | None = None
 
     @staticmethod
-    def make(heads: Heads, slots: int, *, split: Split = SPLIT, norm: bool = False, dtype=torch.float16, bits: int = 4):
+    def make(
+        heads: Heads,
+        slots: int,
+        *,
+        split: Split = SPLIT,
+        norm: bool = False,
+        dtype=torch.float16,
+        bits: int = 4,
+        short: Short | None = None,
+    ):
         random = torch.Generator().manual_seed(heads.dim + heads.group)
         kv = torch.full((2, heads.kv_heads, slots, heads.dim), 0 if dtype == torch.int8 else float("nan"), dtype=dtype)
         scales = torch.full(kv.shape[:3], float("nan")) if dtype == torch.int8 else None
@@ -47,6 +70,7 @@ class Text:
             (angle.cos().to(DEVICE), angle.sin().to(DEVICE)),
             random,
             bits,
+            short,
         )
 
     def fill(self, length: int) -> None:
@@ -67,8 +91,11 @@ class Text:
         to = Activations.empty(heads.kv_heads * heads.group * heads.dim, self.bits, DEVICE)
         scratch = Scratch.empty(heads, self.split, DEVICE)
         at = torch.tensor([position], device=DEVICE)
-        args = (qkv, heads, self.norms, self.norms, self.angles, at, self.cache, scratch, self.split, to)
-        attend(*args)
+        args = (qkv, heads, self.norms, self.norms, self.angles, at, self.cache)
+        if self.short is None:
+            attend(*args, scratch, self.split, to)
+        else:
+            attend_short(*args, self.short, to)
         assert not scratch.counters.any()
         q, k, v = reference.new_entry(
             qkv, heads, self.norms, self.norms, self.angles[0][position], self.angles[1][position]
@@ -112,9 +139,22 @@ def test_against_float64(heads: Heads, relative_error: Error) -> None:
         assert relative_error(*text.run(position)) <= 1e-3
 
 
+SHORTS = [Short(block=32, warps=1), Short(block=64, warps=4)]
+
+
+@pytest.mark.parametrize("heads", [h for h in SHAPES if serves_short(h)], ids=str)
+def test_in_one_part(heads: Heads, relative_error: Error) -> None:
+    for short in SHORTS:
+        text = Text.make(heads, 128, norm=heads.dim == 128, short=short)
+        text.fill(100)
+        for position in POSITIONS:
+            assert relative_error(*text.run(position)) <= 1e-4
+
+
+@pytest.mark.parametrize("short", [None, SHORTS[1]])
 @pytest.mark.parametrize(("bits", "window"), WINDOWS)
-def test_windows(bits: int, window: int, relative_error: Error) -> None:
-    text = Text.make(heads_of(1, 2, 64, window=window), 96, bits=bits)
+def test_windows(bits: int, window: int, short: Short | None, relative_error: Error) -> None:
+    text = Text.make(heads_of(1, 2, 64, window=window), 96, bits=bits, short=short)
     text.fill(90)
     for position in (3, 40, 89):
         text.cache.kv[:, :, : max(0, position + 1 - window)] = float("nan")  # what is past the window is not read
@@ -160,8 +200,9 @@ def test_scores_far_apart(relative_error: Error) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
-def test_what_is_broken_stays_broken() -> None:
-    text = Text.make(heads_of(2, 2, 64), 96)
+@pytest.mark.parametrize("short", [None, SHORTS[1]])
+def test_what_is_broken_stays_broken(short: Short | None) -> None:
+    text = Text.make(heads_of(2, 2, 64), 96, short=short)
     text.fill(90)
     text.cache.kv[0, 1, 20, 3] = float("nan")
     got, _ = text.run(90)
@@ -174,11 +215,17 @@ def test_rule_and_refusals() -> None:
     assert split_for(heads_of(2, 7, 64), 20).splits == 16
     assert why_not(heads_of(1, 1, 80)) is not None
     assert why_not(heads_of(1, 2, 512)) is not None
+    assert [dim for dim in (32, 80, 96, 256, 288) if serves_short(heads_of(1, 2, dim))] == [32, 96, 256]
+    assert Short(block=64, warps=8).fits(heads_of(1, 1, 32)) is True
+    assert Short(block=32, warps=8).fits(heads_of(1, 1, 32)) is False
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no races")
+@pytest.mark.parametrize("short", [None, Short(block=128, warps=8)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
-def test_repeats_are_bit_identical(dtype: torch.dtype) -> None:
+def test_repeats_are_bit_identical(dtype: torch.dtype, short: Short | None) -> None:
+    if short is not None and dtype == torch.int8:
+        return
     text = Text.make(heads_of(8, 4, 128), 2048, dtype=dtype, split=Split(32))
     text.fill(2000)
     qkv = torch.randn(text.heads.width, device=DEVICE)
@@ -186,7 +233,11 @@ def test_repeats_are_bit_identical(dtype: torch.dtype) -> None:
     results = []
     for _ in range(50):
         to = Activations.empty(32 * 128, 4, DEVICE)
-        attend(qkv, text.heads, None, None, text.angles, at, text.cache, scratch, text.split, to)
+        args = (qkv, text.heads, None, None, text.angles, at, text.cache)
+        if short is None:
+            attend(*args, scratch, text.split, to)
+        else:
+            attend_short(*args, short, to)
         results.append((to.planes.q, to.planes.scales))
     for q, scales in results[1:]:
         assert torch.equal(q, results[0][0])
