@@ -7,7 +7,8 @@ in registers before q is known. Each lane's share of the tokens has a running so
 twice, at the end. Products are of plain float32: tensor cores would want operands passed through shared memory, and a
 kernel that asks for little of it leaves the next one room to start.
 
-Tiles are [·, warp, row, element]: a load of 16 bytes a thread gives a warp 256 elements, ROWS tokens.
+Row r of a tile [BLOCK, D] is in warp r // ROWS % WARPS, because a load of 16 bytes a thread gives a warp 256 elements;
+so reshaped to [·, WARPS, ROWS, D] it stays where it is.
 """
 
 from __future__ import annotations
@@ -23,18 +24,14 @@ _LOWEST = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def _tokens(first, BLOCK: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
-    """The tokens of a block from ``first`` on: [BLOCK / (WARPS · ROWS), WARPS, ROWS]."""
-    STEP: tl.constexpr = WARPS * ROWS
-    step = tl.arange(0, BLOCK // STEP)[:, None, None] * STEP
-    return first + step + tl.arange(0, WARPS)[None, :, None] * ROWS + tl.arange(0, ROWS)[None, None, :]
-
-
-@triton.jit
-def _rows(at, token, d, stop, D: tl.constexpr):
-    """Keys or values of ``token`` [·, ·, ·], zero from ``stop`` on."""
-    token = token[:, :, :, None]
-    return tl.load(at + token * D + d, mask=(token < stop) & (d < D), other=0.0)
+def _block(at, first, stop, D: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
+    """Keys or values of BLOCK tokens from ``first`` on, zero from ``stop`` on: [·, WARPS, ROWS, DP]."""
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    ROWS: tl.constexpr = 256 // DP
+    token = first + tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    x = tl.load(at + token * D + d, mask=(token < stop) & (d < D), other=0.0)
+    return x.reshape(BLOCK // (WARPS * ROWS), WARPS, ROWS, DP)
 
 
 @triton.jit(do_not_specialize=["SLOTS"])
@@ -76,44 +73,40 @@ def attend_short(
     k_at = kv_ptr + h.to(tl.int64) * SLOTS * D
     v_at = kv_ptr + (KV_HEADS + h).to(tl.int64) * SLOTS * D
     ROWS: tl.constexpr = 256 // DP
-    d = tl.arange(0, DP)[None, None, None, :]
-    warp = tl.arange(0, WARPS)[None, :, None, None]
-    token = _tokens(begin, BLOCK, WARPS, ROWS)
-    keys = _rows(k_at, token, d, position, D)
-    values = _rows(v_at, token, d, position, D)
-    each = d + warp * 0  # a copy for each warp
-    cos, sin = angles(cos_ptr + position * (DIMS // 2), sin_ptr + position * (DIMS // 2), each, DIMS)
-    wq, wq_other = norm_weights(q_norm_ptr, each, D, DIMS, Q_EPS)
-    wk, wk_other = norm_weights(k_norm_ptr, each, D, DIMS, K_EPS)
+    keys = _block(k_at, begin, position, D, BLOCK, WARPS)
+    values = _block(v_at, begin, position, D, BLOCK, WARPS)
+    warp = tl.arange(0, WARPS)[:, None]
+    d = tl.arange(0, DP)[None, :] + warp * 0  # a copy for each warp
+    cos, sin = angles(cos_ptr + position * (DIMS // 2), sin_ptr + position * (DIMS // 2), d, DIMS)
+    wq, wq_other = norm_weights(q_norm_ptr, d, D, DIMS, Q_EPS)
+    wk, wk_other = norm_weights(k_norm_ptr, d, D, DIMS, K_EPS)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    inside = each < D
-    q = head(qkv_ptr + query * D, wq, wq_other, cos, sin, each, inside, D, DIMS, Q_EPS)
-    k = head(qkv_ptr + (KV_HEADS * G + h) * D, wk, wk_other, cos, sin, each, inside, D, DIMS, K_EPS).to(KIND)
-    v = tl.load(qkv_ptr + (KV_HEADS * G + KV_HEADS + h) * D + each, mask=inside, other=0.0).to(KIND)
-    once = inside & (warp == 0) & (query % G == 0)
-    tl.store(k_at + position * D + each, k, mask=once)
-    tl.store(v_at + position * D + each, v, mask=once)
+    q = head(qkv_ptr + query * D, wq, wq_other, cos, sin, d, d < D, D, DIMS, Q_EPS)
+    k = head(qkv_ptr + (KV_HEADS * G + h) * D, wk, wk_other, cos, sin, d, d < D, D, DIMS, K_EPS).to(KIND)
+    v = tl.load(qkv_ptr + (KV_HEADS * G + KV_HEADS + h) * D + d, mask=d < D, other=0.0).to(KIND)
+    once = (d < D) & (warp == 0) & (query % G == 0)
+    tl.store(k_at + position * D + d, k, mask=once)
+    tl.store(v_at + position * D + d, v, mask=once)
 
     # Every lane begins at the new token's score; the first has the token itself.
     q *= SCALE * _LOG2_E
-    row = tl.arange(0, ROWS)[None, None, :, None]
-    newest = tl.where((warp == 0) & (row == 0), 1.0, 0.0)
-    peak = (tl.sum(q * k.to(tl.float32), axis=3, keep_dims=True) + newest * 0.0).reshape(WARPS, ROWS)
-    total = newest.reshape(WARPS, ROWS)
-    acc = (v.to(tl.float32) * newest).reshape(WARPS, ROWS, DP)
+    newest = tl.where((warp == 0) & (tl.arange(0, ROWS)[None, :] == 0), 1.0, 0.0)  # [WARPS, ROWS]
+    peak = tl.sum(q * k.to(tl.float32), axis=1)[:, None] + newest * 0.0
+    total = newest
+    acc = v.to(tl.float32)[:, None, :] * newest[:, :, None]
+    q = q[None, :, None, :]
+    row = tl.arange(0, BLOCK).reshape(BLOCK // (WARPS * ROWS), WARPS, ROWS)
     for first in tl.range(begin, position, BLOCK, num_stages=1):
-        token = _tokens(first, BLOCK, WARPS, ROWS)
-        scores = tl.where(token < position, tl.sum(keys.to(tl.float32) * q, axis=3), _LOWEST)
-        token += BLOCK
-        keys = _rows(k_at, token, d, position, D)
+        scores = tl.where(first + row < position, tl.sum(keys.to(tl.float32) * q, axis=3), _LOWEST)
+        keys = _block(k_at, first + BLOCK, position, D, BLOCK, WARPS)
         higher = tl.maximum(peak, tl.max(scores, axis=0))
         shrink = tl.exp2(peak - higher)
         p = tl.exp2(scores - higher[None])
         total = total * shrink + tl.sum(p, axis=0)
         acc = acc * shrink[:, :, None] + tl.sum(values.to(tl.float32) * p[:, :, :, None], axis=0)
-        values = _rows(v_at, token, d, position, D)
+        values = _block(v_at, first + BLOCK, position, D, BLOCK, WARPS)
         peak = higher
     weight = tl.exp2(peak - tl.max(peak))
     out = tl.sum(tl.sum(acc * weight[:, :, None], axis=1), axis=0) / tl.sum(total * weight)

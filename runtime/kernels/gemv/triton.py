@@ -98,9 +98,9 @@ def store_planes(
     NaN scale. Columns past XC and scales past BLOCKS are left alone.
     """
     finite = tl.abs(x) < _INFINITY
-    broken = tl.max(tl.where(finite, 0, 1), axis=1) > 0
+    amax = tl.max(tl.where(finite, tl.abs(x), _INFINITY), axis=1)
+    broken = amax == _INFINITY
     x = tl.where(finite, x, 0.0)  # NaN has no integer: the scale will say it
-    amax = tl.max(tl.abs(x), axis=1)
     usable = amax >= _TINY
     v = x * tl.where(usable, 127.0 / tl.where(usable, amax, 1.0), 0.0)[:, None]
     first = tl.floor(v + 0.5)

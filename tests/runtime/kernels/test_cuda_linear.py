@@ -41,6 +41,17 @@ def test_packed(bits: int, m: int, exact: bool, random_weight: Weights, relative
     assert weight.nbytes < layer.resident_bytes <= weight.nbytes + 13 * 8
 
 
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 64)])
+def test_a_few_tokens_by_tensor_cores(bits: int, group: int, random_weight: Weights, relative_error: Error) -> None:
+    weight = random_weight(13, 256, bits, group, DEVICE)
+    layer = CudaLinear(weight)
+    for m in (2, 19) if INTERPRETED else (2, 16, 17, 96):
+        x = torch.randn(m, 256, generator=torch.Generator().manual_seed(m)).to(DEVICE)
+        y = layer(x)
+        assert y.shape == (m, 13)
+        assert relative_error(y, float64_product(x, weight)) <= 1e-4
+
+
 @pytest.mark.parametrize("m", [1, 17])
 @pytest.mark.parametrize("exact", [False, True])
 def test_dense(m: int, exact: bool, relative_error: Error) -> None:
