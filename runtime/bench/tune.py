@@ -50,7 +50,7 @@ def tiles(role: Role, k: int, bits: int) -> list[Tile]:
 def splits(heads: Heads, sm_count: int) -> list[Split]:
     """Ways to cut a long cache: one to two programs for each multiprocessor."""
     most = split_for(heads, sm_count).splits
-    shapes = ((64, 64, 2, 4), (64, 64, 3, 4), (64, 64, 4, 4), (128, 128, 2, 4), (128, 128, 3, 8), (32, 64, 4, 2))
+    shapes = ((64, 64, 3, 4), (64, 64, 4, 4), (128, 128, 2, 4), (128, 128, 3, 8))
     return [
         Split(n, block, least, stages, warps)
         for n in dict.fromkeys((most, max(1, most // 2)))
@@ -62,7 +62,7 @@ def shorts(heads: Heads) -> list[Short]:
     """Ways to attend to a short text."""
     if not serves_short(heads):
         return []
-    found = [Short(block=b, warps=w) for b, w in ((64, 4), (64, 8), (128, 4), (128, 8), (128, 16), (256, 8), (256, 16))]
+    found = [Short(block=b, warps=w) for b, w in ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8))]
     return [short for short in found if short.fits(heads)]
 
 

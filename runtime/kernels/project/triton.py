@@ -18,6 +18,16 @@ from lbq.runtime.kernels.planes.triton import activate, norm_blocks, store_norme
 
 
 @triton.jit
+def _spread(y, R: tl.constexpr):
+    """``y`` [R] as it is, in a layout of its own: a block of 32 in one warp, which sums it without barriers.
+
+    Rows lie in the warps that multiplied them. A split, of which the product of "gated" has one anyway, ends that.
+    """
+    even, odd = tl.split(y.reshape(R // 2, 2))
+    return tl.join(even, odd).reshape(R)
+
+
+@triton.jit
 def _squares(squares_ptr, K: tl.constexpr):
     """The sums of squares of x [K], [⌈K/32⌉] padded with zeros: their sum / K is the mean square."""
     BLOCKS: tl.constexpr = (K + 31) // 32
@@ -136,6 +146,7 @@ def project(
         y = tl.where(out < N, y, 0.0)
         if KIND == "add":
             tl.store(y_ptr + out, y, mask=out < N)
+            y = _spread(y, R)
         y = y.reshape(BLOCKS, 32)
         _hand_on(y, norm, block, q_out_ptr, s_out_ptr, squares_out_ptr, N, C_OUT, XC_OUT, FOLD_OUT, KIND, BLOCKS)
     else:
