@@ -34,6 +34,7 @@ def table_of(bench: Bench) -> Table:
                 how.tile.warps,
                 how.apart,
                 how.ahead,
+                how.early,
             )
             for role, weight in step_weights(decoder).items()
             for how in (plan.projecting(role, weight, bench.sms),)

@@ -24,6 +24,7 @@ class Projecting:
     tile: Tile
     apart: bool = False
     ahead: bool = False  # with PDL: call all weights of a program into L2 while it waits
+    early: int = 1  # steps along K, 1 or 2, whose weights are in registers before the first product
 
     def outputs(self, role: Role) -> int:
         """Outputs of a program."""
@@ -51,7 +52,7 @@ class Plan:
             return chosen
         measured = self.table.projection(role, weight) if self.table else None
         if measured is not None:
-            return Projecting(measured.tile, measured.apart, measured.ahead)
+            return Projecting(measured.tile, measured.apart, measured.ahead, measured.early)
         return _rule(role, weight, sm_count)
 
     def splitting(self, heads: Heads, sm_count: int) -> Split:

@@ -80,6 +80,7 @@ class Product:
             activation=self.activation,
             pdl=pdl,
             ahead=self.how.ahead,
+            early=self.how.early,
         )
         if not self.how.apart:
             return

@@ -45,6 +45,7 @@ class Measured(Part, frozen=True):
     warps: Count
     apart: bool
     ahead: bool
+    early: Count = 1
 
     @property
     def tile(self) -> Tile:

@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 
 from lbq.runtime.kernels.attention.triton import angles, head, norm_weights
-from lbq.runtime.kernels.gemv.triton import call, store_planes
+from lbq.runtime.kernels.gemv.triton import store_planes
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(float("-inf"))
-MOST = tl.constexpr(32768)  # bytes of keys, and of values, that a program calls into L2 ahead
 
 
 @triton.jit
@@ -74,14 +73,8 @@ def attend_short(
     k_at = kv_ptr + h.to(tl.int64) * SLOTS * D
     v_at = kv_ptr + (KV_HEADS + h).to(tl.int64) * SLOTS * D
     ROWS: tl.constexpr = 256 // DP
-    keys = _block(k_at, begin, position, D, BLOCK, WARPS).to(tl.float32)
-    values = _block(v_at, begin, position, D, BLOCK, WARPS).to(tl.float32)
-    if PDL:  # what comes after the first block, a share for each of the heads that read it
-        share = tl.maximum(position - begin - BLOCK, 0) * (2 * D) // G
-        offset = ((begin + BLOCK) * (2 * D) + query % G * share) // 2
-        if share > 0:
-            call(k_at + offset, share, MOST)
-            call(v_at + offset, share, MOST)
+    keys = _block(k_at, begin, position, D, BLOCK, WARPS)
+    values = _block(v_at, begin, position, D, BLOCK, WARPS)
     warp = tl.arange(0, WARPS)[:, None]
     d = tl.arange(0, DP)[None, :] + warp * 0  # a copy for each warp
     cos, sin = angles(cos_ptr + position * (DIMS // 2), sin_ptr + position * (DIMS // 2), d, DIMS)
@@ -106,17 +99,15 @@ def attend_short(
     q = q[None, :, None, :]
     row = tl.arange(0, BLOCK).reshape(BLOCK // (WARPS * ROWS), WARPS, ROWS)
     for first in tl.range(begin, position, BLOCK, num_stages=1):
-        k_next = _block(k_at, first + BLOCK, position, D, BLOCK, WARPS)
-        v_next = _block(v_at, first + BLOCK, position, D, BLOCK, WARPS)
-        scores = tl.where(first + row < position, tl.sum(keys * q, axis=3), _LOWEST)
+        scores = tl.where(first + row < position, tl.sum(keys.to(tl.float32) * q, axis=3), _LOWEST)
+        keys = _block(k_at, first + BLOCK, position, D, BLOCK, WARPS)
         higher = tl.maximum(peak, tl.max(scores, axis=0))
         shrink = tl.exp2(peak - higher)
         p = tl.exp2(scores - higher[None])
         total = total * shrink + tl.sum(p, axis=0)
-        acc = acc * shrink[:, :, None] + tl.sum(values * p[:, :, :, None], axis=0)
+        acc = acc * shrink[:, :, None] + tl.sum(values.to(tl.float32) * p[:, :, :, None], axis=0)
+        values = _block(v_at, first + BLOCK, position, D, BLOCK, WARPS)
         peak = higher
-        keys = k_next.to(tl.float32)
-        values = v_next.to(tl.float32)
     weight = tl.exp2(peak - tl.max(peak))
     out = tl.sum(tl.sum(acc * weight[:, :, None], axis=1), axis=0) / tl.sum(total * weight)
     BLOCKS: tl.constexpr = D // 32

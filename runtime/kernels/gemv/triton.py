@@ -156,23 +156,28 @@ def first_weights(
     BITS: tl.constexpr,
     BW: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """The weights of ``rows`` that ``row_products`` begins with; with AHEAD the others are called into L2."""
+    """The weights of ``rows`` that ``row_products`` begins with, EARLY steps (1 or 2) of them; with AHEAD the others are
+    called into L2. A second step that is none repeats the first."""
     C: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # codes a column
     COLS: tl.constexpr = (K + C - 1) // C
     RUNS: tl.constexpr = 3 if BITS == 3 else 1
-    begun = _load(w_ptr + rows[None, :] * (RUNS * COLS), s_ptr + rows[None, :] * (K // G), 0, K, G, BITS, BW)
-    if AHEAD and COLS > BW:
-        _call_rows(w_ptr, rows, RUNS * COLS, 0 if BITS == 3 else BW)
-    return begun
+    w_row = w_ptr + rows[None, :] * (RUNS * COLS)
+    s_row = s_ptr + rows[None, :] * (K // G)
+    begun = _load(w_row, s_row, 0, K, G, BITS, BW)
+    second = begun
+    if EARLY > 1 and BW < COLS:
+        second = _load(w_row, s_row, BW, K, G, BITS, BW)
+    if AHEAD and COLS > EARLY * BW:
+        _call_rows(w_ptr, rows, RUNS * COLS, 0 if BITS == 3 else EARLY * BW)
+    return begun, second
 
 
 @triton.jit
 def row_products(
-    w,
-    w1,
-    high,
-    s,
+    begun,
+    second_step,
     w_ptr,
     s_ptr,
     q_ptr,
@@ -184,12 +189,13 @@ def row_products(
     XC: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
+    EARLY: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """Σₖ s[n, k // G] · (code[n, k] − 2^(BITS−1)) · x[k] for ``rows`` n, int [BN] within the matrix: float32 [BN].
 
-    w, w1, high and s are what ``first_weights`` gave. Where a row has one scale, G == K, it is left to the caller.
-    Walks K in steps of BW columns with the next step's weights already under way.
+    ``begun`` and ``second_step`` are what ``first_weights`` gave. Where a row has one scale, G == K, it is left to the
+    caller. Walks K in steps of BW columns with EARLY steps' weights already under way.
     """
     C: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # codes a column
     COLS: tl.constexpr = (K + C - 1) // C
@@ -202,9 +208,11 @@ def row_products(
     w_row = w_ptr + rows[None, :] * (RUNS * COLS)
     s_row = s_ptr + rows[None, :] * (K // G)
     acc = tl.zeros([BU, BN], dtype=tl.float32)
+    w, w1, high, s = begun
+    following = second_step
     for k0 in tl.static_range(0, COLS, BW):
-        if k0 + BW < COLS:
-            ahead = _load(w_row, s_row, k0 + BW, K, G, BITS, BW)
+        if k0 + EARLY * BW < COLS:
+            ahead = _load(w_row, s_row, k0 + EARLY * BW, K, G, BITS, BW)
         first = tl.zeros([BW, BN], dtype=tl.int32)
         second = tl.zeros([BW, BN], dtype=tl.int32)
         for r in tl.static_range(C // 4):
@@ -219,7 +227,11 @@ def row_products(
         k = units + k0 * C
         x_scale = tl.load(xs_ptr + k // 32, mask=k < K, other=0.0)
         acc += both.to(tl.float32) * (s.to(tl.float32) * x_scale[:, None])
-        if k0 + BW < COLS:
+        if EARLY > 1:
+            w, w1, high, s = following
+            if k0 + EARLY * BW < COLS:
+                following = ahead
+        elif k0 + BW < COLS:
             w, w1, high, s = ahead
 
     return tl.sum(acc, axis=0)
@@ -261,8 +273,8 @@ def gemv(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + safe)
 
-    w, w1, high, s = first_weights(w_ptr, s_ptr, safe, K, G, BITS, BW, False)
-    y = row_products(w, w1, high, s, w_ptr, s_ptr, q_ptr, xs_ptr, safe, K, G, BITS, XC, BN, BW, EMULATE)
+    begun, second = first_weights(w_ptr, s_ptr, safe, K, G, BITS, BW, False, 1)
+    y = row_products(begun, second, w_ptr, s_ptr, q_ptr, xs_ptr, safe, K, G, BITS, XC, BN, BW, 1, EMULATE)
     if G == K:
         y *= row_scale
     if HAS_BIAS:

@@ -36,6 +36,7 @@ def project(
     activation: Activation = "silu",
     pdl: bool = False,
     ahead: bool = False,
+    early: int = 1,
 ) -> None:
     """W·x + bias of one token, float32, ended as ``kind`` says.
 
@@ -43,7 +44,7 @@ def project(
     act(gate) · up goes to ``y`` [N]. ``to``, after "add" a :class:`Normed` and after "gated" an :class:`Activations`,
     takes the planes of the result; programs of less than 32 outputs then share ``counters``. Without ``to`` a kernel of
     ``planes`` has to write them. ``pdl``: see ``planes.launch_options``; ``ahead``: call all weights of a program into
-    L2 while it waits.
+    L2 while it waits; ``early``: steps along K, 1 or 2, whose weights it has in registers then.
     """
     n = y.numel()
     assert y.shape == (n,)
@@ -53,6 +54,7 @@ def project(
     assert bias is None or (bias.shape == (weight.n,) and bias.dtype == torch.float32)
     outputs = tile.rows // 2 if kind == "gated" else tile.rows
     assert outputs >= 1
+    assert early in (1, 2)
     written = to.to if isinstance(to, Normed) else to
     if to is None:
         layout = (0, 0, 1.0)
@@ -92,6 +94,7 @@ def project(
         FOLD_OUT=layout[2],
         PDL=pdl,
         AHEAD=ahead,
+        EARLY=early,
         EMULATE=INTERPRETED,
         num_warps=tile.warps,
         **launch_options(pdl),

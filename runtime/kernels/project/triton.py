@@ -87,6 +87,7 @@ def project(
     FOLD_OUT: tl.constexpr,
     PDL: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """A projection of one token on packed weights, y = W·x + bias, with x normalised after the fact if NORMED.
@@ -119,7 +120,7 @@ def project(
         norm = norm_blocks(norm_ptr, block, N)
     # With PDL the first weights are under way before the wait for the kernel that makes the activations; the wait
     # stands before the loop, because Triton 3.7.1 moves loads over one inside.
-    w, w1, high, s = first_weights(w_ptr, s_ptr, rows, K, G, BITS, BW, PDL and AHEAD)
+    begun, second = first_weights(w_ptr, s_ptr, rows, K, G, BITS, BW, PDL and AHEAD, EARLY)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if NORMED:
@@ -127,7 +128,7 @@ def project(
     if KIND == "add":
         # Not through L1, which may hold the line from before other programs wrote their part of it.
         stream = tl.load(y_ptr + out, mask=out < N, other=0.0, cache_modifier=".cg")
-    y = row_products(w, w1, high, s, w_ptr, s_ptr, q_ptr, xs_ptr, rows, K, G, BITS, XC, BN, BW, EMULATE)
+    y = row_products(begun, second, w_ptr, s_ptr, q_ptr, xs_ptr, rows, K, G, BITS, XC, BN, BW, EARLY, EMULATE)
     if G == K:
         y *= row_scale
     if NORMED:

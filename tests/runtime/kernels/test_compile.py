@@ -132,7 +132,7 @@ def test_the_other_kernels(capability: int, tmp_path: Path) -> None:
     assert all(VECTOR in load for load in loads if "evict_first" in load)
 
 
-def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile, *, pdl: bool) -> Any:
+def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile, *, pdl: bool, early: int = 1) -> Any:
     """A projection of K = k whose N = n outputs go on as planes for INT4, or nowhere."""
     pointers = ["w", "s", "q", "xs", "squares", "bias", "y", "norm", "q_out", "s_out", "squares_out", "arrivals"]
     types = {f"{name}_ptr": "*fp32" for name in pointers}
@@ -154,6 +154,7 @@ def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile
         "FOLD_OUT": 0.0625,
         "PDL": pdl,
         "AHEAD": pdl,
+        "EARLY": early,
         "EMULATE": False,
     }
     return _compile(project.project, capability, chosen.warps, {**types, "N": "i32"}, constants)
