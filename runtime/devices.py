@@ -71,6 +71,10 @@ class CpuDevice:
         """Why keys and values are not read as they are kept, or None where they are."""
         return OPENED if self.eight else None
 
+    def step_fallback(self, decoder: Decoder) -> str | None:  # noqa: ARG002
+        """Nothing: there is one way to decode."""
+        return None
+
     def engine(self, decoder: Decoder, context: int) -> Engine:
         return DecoderEngine(decoder, context, cache_dtype=self.cache_dtype)
 
@@ -88,7 +92,7 @@ class CudaDevice:
     exact: bool
     note: str | None = None
     eight: bool = False  # keys and values as int8
-    fused: bool = False  # decode by ``lbq.runtime.fused`` where it can: not the default before it has run on a GPU
+    fused: bool = False  # decode by ``lbq.runtime.fused`` where it can: the default once it ran on real weights
 
     @property
     def device(self) -> torch.device:
@@ -130,26 +134,28 @@ class CudaDevice:
         """Why keys and values are not read as they are kept, or None where they are."""
         return OPENED if self.eight and not self._fuses(decoder) else None
 
-    def _fuses(self, decoder: Decoder) -> bool:
-        """Whether ``decoder`` decodes by the fused step, whose attention reads int8."""
-        from lbq.runtime.fused.step import why_not
-
-        return self.fused and why_not(decoder) is None
-
     def _token_bytes(self, decoder: Decoder) -> int:
         """Keys and values of a token in all layers."""
         return decoder.new_state(BUCKET, dtype=self.cache_dtype, fixed=True).nbytes // BUCKET
 
-    def engine(self, decoder: Decoder, context: int) -> Engine:
-        if not self.fused:
-            return CudaEngine(decoder, context, cache_dtype=self.cache_dtype)
-        from lbq.runtime.fused.engine import FusedEngine
+    def step_fallback(self, decoder: Decoder) -> str | None:
+        """Why ``decoder`` does not decode by the fused step, where that is not what was asked for."""
+        if self.exact or not self.fused:
+            return None
         from lbq.runtime.fused.step import why_not
 
-        fallback = why_not(decoder)
-        if fallback is None:
-            return FusedEngine(decoder, context, cache_dtype=self.cache_dtype)
-        return CudaEngine(decoder, context, cache_dtype=self.cache_dtype, fallback=fallback)
+        return why_not(decoder)
+
+    def _fuses(self, decoder: Decoder) -> bool:
+        """Whether ``decoder`` decodes by the fused step, whose attention reads int8."""
+        return self.fused and not self.exact and self.step_fallback(decoder) is None
+
+    def engine(self, decoder: Decoder, context: int) -> Engine:
+        if not self._fuses(decoder):
+            return CudaEngine(decoder, context, cache_dtype=self.cache_dtype)
+        from lbq.runtime.fused.engine import FusedEngine
+
+        return FusedEngine(decoder, context, cache_dtype=self.cache_dtype)
 
 
 Device = CpuDevice | CudaDevice

@@ -27,13 +27,8 @@ class CudaEngine(DecoderEngine):
         *,
         cache_dtype: torch.dtype = torch.float16,
         graphs: bool = True,
-        fallback: str | None = None,
     ) -> None:
-        """``graphs=False`` runs the same step without capturing it, on any device.
-
-        ``fallback``: why the fused step, which was asked for, does not run ``decoder``.
-        """
-        self.fallback = fallback
+        """``graphs=False`` runs the same step without capturing it, on any device."""
         slots = -(-context // BUCKET) * BUCKET
         super().__init__(decoder, context, cache_dtype=cache_dtype, slots=slots)
         device = decoder.device

@@ -108,7 +108,7 @@ class _OnCuda:
         from lbq.runtime.kernels.attention import why_not
 
         if not self._device.fused:
-            return "the fused step is not the default yet"
+            return "the fused step was not asked for"
         for i in range(len(self._spec.layers)):
             mixer = self._spec.layer(i).mixer
             trouble = why_not(_heads(mixer))
@@ -140,10 +140,13 @@ class _OnCuda:
         heads = [_heads(each.mixer) for each in self._spec.layer_kinds]
         splits = dict.fromkeys(self._plan().splitting(each, self._sms) for each in heads)
         how = "; ".join(f"up to {s.splits} parts a head, {s.block} tokens at a time on {s.warps} warps" for s in splits)
-        return f"one launch a layer, the text in {how}; keys and values in {kind}"
+        shorts = [short for each in heads if (short := self._plan().shortening(each)) is not None]
+        until = f"in one part up to {max(short.until for short in shorts)} tokens, then " if shorts else ""
+        return f"one launch a layer, the text {until}in {how}; keys and values in {kind}"
 
     def _ways(self, use: KernelUse) -> tuple[Way, ...]:
-        from lbq.runtime.kernels.cuda import GEMV_TOKENS
+        from lbq.runtime.kernels.batch import why_not
+        from lbq.runtime.kernels.cuda import BATCH_TOKENS, GEMV_TOKENS
 
         if self._device.exact:
             return (Way("any", use.kernel, "float32 was asked for: exact, and slow"),)
@@ -153,11 +156,15 @@ class _OnCuda:
                 Way(few, "Triton BF16 GEMV, a pass a token", "16 bits a weight as they are, sums in float32"),
                 Way(more, "BF16 matmul on tensor cores", "prompts are bound by arithmetic"),
             )
-        prompts = Way(more, "dequantised to float16, float16 matmul", "prompts are bound by arithmetic")
-        if self._fallback is not None:
-            return (self._alone(few, use.matrix), prompts)
-        between = self._alone(f"2 – {GEMV_TOKENS}", use.matrix)
-        return (self._in_step(use), between, prompts)
+        one = self._alone("1", use.matrix) if self._fallback is not None else self._in_step(use)
+        trouble = why_not(_shape_of(use.matrix))
+        if trouble is None:
+            how = f"INT{use.matrix.bits} product on int8 tensor cores, a pass for each {GEMV_TOKENS} tokens"
+            between = Way(f"2 – {BATCH_TOKENS}", how, "one pass over the weights serves several tokens")
+            more = f"{BATCH_TOKENS + 1} or more"
+        else:
+            between = self._alone(f"2 – {GEMV_TOKENS}", use.matrix)
+        return (one, between, Way(more, "dequantised to float16, float16 matmul", "prompts are bound by arithmetic"))
 
     def _alone(self, tokens: str, matrix: Matrix) -> Way:
         """The matrix-vector kernel by itself, a pass a token."""
@@ -180,11 +187,11 @@ class _OnCuda:
         extra = (", its planes by a launch of their own" if chosen.apart else "") + (
             ", weights called into L2 ahead" if plan.pdl and chosen.ahead else ""
         )
-        measured = getattr(plan, role) is not None
+        origin = plan.origin(role, _shape_of(matrix))
         outputs = matrix.n // 2 if role == "gate_up" else matrix.n
         rows = chosen.outputs(role)
         why = _reason(chosen.tile, matrix, rows, self._sms, outputs)
-        return Way("1", f"{how}, {_tile(chosen.tile)}{extra}", "measured on this GPU" if measured else why)
+        return Way("1", f"{how}, {_tile(chosen.tile)}{extra}", origin or why)
 
 
 _DOES: dict[Role, str] = {

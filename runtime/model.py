@@ -161,8 +161,9 @@ class Model:
         start = time.perf_counter()
         with device_errors():
             bound = bind(self._weights, self._on)
+            step_fallback = self._on.step_fallback(bound.decoder)
             if self._strict:
-                _refuse_fallbacks(bound.kernels)
+                _refuse_fallbacks(bound.kernels, step_fallback)
             context = self._asked_context or self._on.default_context(bound.decoder)
             if self._asked_context is not None:
                 self._on.check_context(bound.decoder, context)
@@ -170,7 +171,7 @@ class Model:
             if self._strict and cache.fallback is not None:
                 raise DeviceError(f"{cache.dtype} keys and values: {cache.fallback}; refused under --strict")
         engines = EnginePool(partial(self._on.engine, bound.decoder, context), context)
-        self._ready = _Ready(bound, engines, cache, time.perf_counter() - start)
+        self._ready = _Ready(bound, engines, cache, step_fallback, time.perf_counter() - start)
 
     @property
     def context(self) -> int:
@@ -189,6 +190,11 @@ class Model:
     def cache(self) -> CacheUse:
         """How keys and values are kept."""
         return self._bound().cache
+
+    @property
+    def step_fallback(self) -> str | None:
+        """Why a GPU does not decode by the fused step, or None where it does and on a CPU."""
+        return self._bound().step_fallback
 
     @property
     def resident_bytes(self) -> int:
@@ -313,6 +319,7 @@ class _Ready:
     bound: Bound
     engines: EnginePool
     cache: CacheUse
+    step_fallback: str | None
     seconds: float  # that binding took
 
 
@@ -368,9 +375,11 @@ def bind_now(model: Model) -> Model:
     return model
 
 
-def _refuse_fallbacks(kernels: Sequence[KernelUse]) -> None:
+def _refuse_fallbacks(kernels: Sequence[KernelUse], step: str | None) -> None:
     slow = [use for use in kernels if use.fallback is not None]
     if slow:
         first = slow[0]
         more = f" (and {len(slow) - 1} more)" if len(slow) > 1 else ""
         raise DeviceError(f"{first.units}: {first.kernel}, because {first.fallback}{more}; refused under --strict")
+    if step is not None:
+        raise DeviceError(f"tokens are decoded kernel by kernel, because {step}; refused under --strict")

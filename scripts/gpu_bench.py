@@ -78,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--table", nargs="?", const="this", metavar="FILE", help="write tuned tiles: to FILE, or to this GPU's table"
     )
+    parser.add_argument("--again", action="store_true", help="search for what this GPU's table has too")
     parser.add_argument("--out", help="write the tables to this file too")
     parser.add_argument("--toy", action="store_true", help="a toy size in Triton's interpreter, on a CPU")
     return parser.parse_args()
@@ -90,7 +91,7 @@ def main() -> int:
     device = torch.device("cpu") if arguments.toy else torch.device("cuda", torch.cuda.current_device())
     pdl = not arguments.toy and torch.cuda.get_device_capability() >= (9, 0)
     budget = 1e9 if arguments.toy else arguments.budget
-    bench = Bench(device, Clock(device), pdl, time.monotonic() + budget, arguments.toy)
+    bench = Bench(device, Clock(device), pdl, time.monotonic() + budget, arguments.toy, again=arguments.again)
     name = "a CPU, in Triton's interpreter" if arguments.toy else torch.cuda.get_device_name()
     bench.say(f"# Fused decode on {name}: torch {torch.__version__}, Triton {triton.__version__}, PDL {pdl}")
     names = "tiny:4" if arguments.toy else arguments.models

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from lbq.runtime.bench.context import Bench, Model
+from lbq.runtime.bench.context import Bench, Model, start_plan
 from lbq.runtime.bench.tune import Search, step_weights
 from lbq.runtime.cache import KVCache
 from lbq.runtime.decoder import Decoder
@@ -104,8 +104,8 @@ def start_pool(bench: Bench, models: list[Model]) -> list[Future[str | None]]:
     jobs: list[Job] = []
     for model in models:
         decoder = model.decoder(bench.device, layers=1)
-        search = Search(decoder, bench.sms, lambda _: 0.0, lambda _: None, bench.left)
-        plans = [*search.first_candidates(Plan(pdl=bench.pdl)), Plan(pdl=False)]
+        search = Search(decoder, bench.sms, lambda _: 0.0, lambda _: None, bench.left, again=bench.again)
+        plans = [*search.first_candidates(start_plan(bench)), Plan(pdl=bench.pdl), Plan(pdl=False)]
         jobs += [Job(model, None, Plan()), *jobs_of(model, plans)]
         if model.shape == models[0].shape:
             jobs += [Job(model, "batch", Plan(), warps) for warps in BATCH_WARPS]

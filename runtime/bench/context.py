@@ -18,6 +18,7 @@ from lbq.runtime.cache import DecoderState, KVCache
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.fused.plan import Plan
+from lbq.runtime.fused.tables import device_table
 from lbq.runtime.kernels.attention import Heads, Split
 from lbq.runtime.kernels.gemv import sm_count
 
@@ -54,6 +55,7 @@ class Bench:
     copy: float = 1e9
     best: dict[Model, Plan] = field(default_factory=dict)
     cuts: dict[Heads, tuple[Split, int]] = field(default_factory=dict)  # how a long text is cut, and until when none is
+    again: bool = False  # search for what the tables have too
     pool: ProcessPoolExecutor | None = None
 
     @property
@@ -90,6 +92,11 @@ class Bench:
             self.say("The device is lost: run the other parts in a new process.")
             raise SystemExit(1) from error
         self.say(f"\n({time.monotonic() - began:.1f} s)")
+
+
+def start_plan(bench: Bench) -> Plan:
+    """What a search begins with."""
+    return Plan(pdl=bench.pdl, table=device_table(bench.device))
 
 
 def state_at(decoder: Decoder, slots: int, position: int, seed: int = 3) -> DecoderState:

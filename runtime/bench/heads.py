@@ -27,6 +27,9 @@ def tune_heads(bench: Bench, model: Model, plan: Plan) -> Plan:
     """``plan`` with the fastest split for long texts, and short ones told from them where the two ways cross."""
     decoder = model.decoder(bench.device, layers=1 if bench.toy else LAYERS)
     heads = first_heads(decoder)
+    known = plan.table.heads(heads) if plan.table and not bench.again else None
+    if known is not None:
+        bench.cuts.setdefault(heads, (known.split, known.short.until))
     if heads not in bench.cuts:
         split = _tune_split(bench, model, decoder, plan)
         bench.cuts[heads] = split, _tune_until(bench, decoder, replace(plan, split=split))

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from lbq.runtime.bench.compiling import compile_all, jobs_of
-from lbq.runtime.bench.context import NEW, PROMPT, Bench, Model, put, state_at
+from lbq.runtime.bench.context import NEW, PROMPT, Bench, Model, put, start_plan, state_at
 from lbq.runtime.bench.heads import tune_heads
 from lbq.runtime.bench.tune import Search, Tried
 from lbq.runtime.decoder import Decoder
@@ -41,6 +41,7 @@ def search_of(bench: Bench, model: Model, decoder: Decoder) -> Search:
         lambda plans: compile_all(bench, jobs_of(model, plans)),
         bench.left,
         most=1 if bench.toy else None,
+        again=bench.again,
     )
 
 
@@ -112,7 +113,7 @@ def time_engines(bench: Bench, decoder: Decoder, plans: dict[str, Plan]) -> None
 def tune_model(bench: Bench, model: Model) -> None:
     decoder = model.decoder(bench.device)
     search = search_of(bench, model, decoder)
-    tried = search.descend(Plan(pdl=bench.pdl))
+    tried = search.descend(start_plan(bench))
     best = tried[-1]
     bench.best[model] = tune_heads(bench, model, best.plan)
     bench.say(f"{len(tried) - 1} plans, from {tried[0].seconds * 1e6:.0f} to {best.seconds * 1e6:.0f} µs a step:\n")
@@ -153,7 +154,10 @@ def _label(kind: str, plan: Plan) -> str:
         return ""
     tile = how.tile
     return (
-        f"{tile.rows}×{tile.columns}/{tile.warps}" + (" apart" if how.apart else "") + (" ahead" if how.ahead else "")
+        f"{tile.rows}×{tile.columns}/{tile.warps}"
+        + (" apart" if how.apart else "")
+        + (" ahead" if how.ahead else "")
+        + (" early" if how.early > 1 else "")
     )
 
 

@@ -79,6 +79,8 @@ def variants(plan: Plan, role: Role, weight: ArrangedWeight, sm_count: int) -> I
     now = plan.projecting(role, weight, sm_count)
     if plan.pdl:
         yield plan.with_role(role, replace(now, ahead=not now.ahead))
+    if now.tile.columns * codes_a_column(weight.bits) < weight.k:
+        yield plan.with_role(role, replace(now, early=3 - now.early))
     if role in ("out", "gate_up", "down"):
         yield plan.with_role(role, replace(now, apart=not now.apart))
 
@@ -104,18 +106,19 @@ class Search:
     prepare: Callable[[list[Plan]], None]  # plans that will be timed soon: their kernels may be compiled together
     left: Callable[[], float]  # seconds that may still be spent
     most: int | None = None  # candidates of a role
+    again: bool = False  # search tiles for shapes that the table has too
 
     def descend(self, plan: Plan) -> list[Tried]:
         """Try candidates role by role, keeping what is faster; the last of the list is the plan that won.
 
-        Tiles first, then for each role the ways to hand planes on and to wait, then the best of the tiles again with
-        all that was found, each in both ways to hand planes on, then attention. Ends early, with what it has, when no
-        time is left.
+        Tiles first, where the plan's table does not know them, then for each role the ways to hand planes on and to
+        wait, then the best of the tiles again with all that was found, each in both ways to hand planes on, then
+        attention. Ends early, with what it has, when no time is left.
         """
         tried = [Tried("rule", plan, self.seconds(plan))]
         best, weights = tried[0], step_weights(self.decoder)
         for role in ORDER:
-            if role in weights:
+            if role in weights and (self.again or not plan.knows(role, weights[role])):
                 best = self._attempt(
                     tried, best, f"{role} tile", candidates(best.plan, role, weights[role], self.sm_count)
                 )
@@ -139,7 +142,8 @@ class Search:
         for one in ranked[:AGAIN]:
             other: Projecting = getattr(one.plan, role)
             for apart in (False, True) if role in ("out", "gate_up", "down") else (False,):
-                how = replace(other, apart=apart, ahead=other.ahead if now is None else now.ahead)
+                ahead, early = (other.ahead, other.early) if now is None else (now.ahead, now.early)
+                how = replace(other, apart=apart, ahead=ahead, early=early)
                 found.append(plan.with_role(role, how))
         return [one for one in found if one != plan][: self.most]
 
@@ -160,6 +164,8 @@ class Search:
         """What a descent from ``plan`` will try, as far as it is known before anything is timed."""
         found = [plan]
         for role, weight in step_weights(self.decoder).items():
+            if plan.knows(role, weight) and not self.again:
+                continue
             found += list(candidates(plan, role, weight, self.sm_count))[: self.most]
         heads = first_heads(self.decoder)
         return found + [replace(plan, short=short) for short in shorts(heads)[: self.most]]

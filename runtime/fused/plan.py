@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lbq.runtime.fused.tables import Table
 from lbq.runtime.kernels.attention import Heads, Short, Split, serves_short, split_for
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile, tile
+from lbq.runtime.kernels.gemv.tiles import codes_a_column
 
 Role = Literal["qkv", "out", "gate_up", "down", "head"]
 ROLES: tuple[Role, ...] = ("qkv", "out", "gate_up", "down", "head")
@@ -66,15 +67,19 @@ class Plan:
         short = self.short or (measured.short if measured else Short())
         return short if serves_short(heads) and short.fits(heads) else None
 
-    def origin(self, role: Role, weight: ArrangedWeight) -> str:
-        """Where the choice for ``role`` comes from, in words."""
+    def knows(self, role: Role, weight: ArrangedWeight) -> bool:
+        """Whether the table has this very shape."""
+        measured = self.table.projection(role, weight) if self.table else None
+        return measured is not None and (measured.n, measured.k, measured.group) == (weight.n, weight.k, weight.group)
+
+    def origin(self, role: Role, weight: ArrangedWeight) -> str | None:
+        """Where the choice for ``role`` comes from, in words; None where it is the rule's."""
         if getattr(self, role) is not None:
             return "chosen"
         measured = self.table.projection(role, weight) if self.table else None
         if self.table is None or measured is None:
-            return "rule"
-        exact = (measured.n, measured.k, measured.group) == (weight.n, weight.k, weight.group)
-        shape = "" if exact else f" at {measured.n}×{measured.k}"
+            return None
+        shape = "" if self.knows(role, weight) else f", at {measured.n}×{measured.k}"
         return f"measured on {self.table.gpu}{shape}"
 
     def with_role(self, role: Role, projecting: Projecting) -> Plan:
@@ -84,8 +89,18 @@ class Plan:
 
 
 def _rule(role: Role, weight: ArrangedWeight, sm_count: int) -> Projecting:
-    """The tile of the bare product, with two rows at least where a gate and its up go together. Not measured yet."""
-    chosen = tile(weight.n, weight.k, weight.bits, sm_count)
-    if role == "gate_up" and chosen.rows < 2:
-        chosen = replace(chosen, rows=2)
-    return Projecting(chosen, ahead=True)
+    """What was good for most shapes on an H200, cut to rows that are shorter; the tile of the bare product where they
+    are very short. Only the output projection calls its weights ahead: attention before it leaves the memory idle.
+    """
+    columns = -(-weight.k // codes_a_column(weight.bits))
+    if columns <= 64:
+        chosen = tile(weight.n, weight.k, weight.bits, sm_count)
+        return Projecting(
+            replace(chosen, rows=max(2, chosen.rows)) if role == "gate_up" else chosen, ahead=role == "out"
+        )
+    if role == "out" or (role == "gate_up" and weight.bits < 8):  # programs that own whole blocks of 32 outputs
+        return Projecting(Tile(64 if role == "gate_up" else 32, 128, 8), ahead=role == "out")
+    warps = 2 if role == "head" else 4
+    while warps > 1 and 64 * warps >= columns:
+        warps //= 2
+    return Projecting(Tile(8 if role == "gate_up" else 4, 128 * warps, warps))

@@ -125,10 +125,9 @@ def table_for(gpu: str, capability: tuple[int, int], multiprocessors: int) -> Ta
     return next(iter(named + alike), None)
 
 
-@cache
 def device_table(device: torch.device) -> Table | None:
     """The table for a device; None for a CPU, or where nothing was measured on a GPU like it."""
     if device.type != "cuda":
         return None
-    found = torch.cuda.get_device_properties(device)
-    return table_for(found.name, (found.major, found.minor), found.multi_processor_count)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return table_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), multiprocessors)

@@ -13,7 +13,7 @@ from lbq.runtime.devices import CpuDevice, CudaDevice
 from lbq.runtime.explain import explain
 from lbq.runtime.needs import needs
 
-FUSED = CudaDevice(exact=False, fused=True)
+FUSED = CudaDevice(exact=False)
 
 
 def entries(weights):
@@ -55,9 +55,9 @@ def test_a_gpu_that_is_not_here(make_tiny):
     assert found.device == "a GPU (none is here)"
     assert found.step.startswith("fused")
     assert all("multiprocessors" in each.ways[0].why for each in found.units)
-    plain = explained(make_tiny("llama3-rope").weights, CudaDevice(exact=False))
-    assert "not the default" in plain.step
-    assert [way.tokens for way in plain.units[0].ways] == ["1 – 16", "17 or more"]
+    plain = explained(make_tiny("llama3-rope").weights, CudaDevice(exact=False, fused=False))
+    assert "not asked for" in plain.step
+    assert [way.tokens for way in plain.units[0].ways] == ["1", "2 – 16", "17 or more"]
 
 
 def test_tiles_of_a_gpu(make_tiny, monkeypatch):
@@ -66,9 +66,11 @@ def test_tiles_of_a_gpu(make_tiny, monkeypatch):
     assert found.device == "Pretend, 132 multiprocessors"
     assert "PDL" in found.step
     head = next(each for each in found.units if each.use.units == "lm_head")
-    assert [way.tokens for way in head.ways] == ["1", "2 – 16", "17 or more"]
-    assert "on 4 warps" in head.ways[0].how  # 97 rows of 512 words: too few for a warp each
+    assert [way.tokens for way in head.ways] == ["1", "2 – 96", "97 or more"]
+    assert "on 2 warps" in head.ways[0].how  # 97 rows of 512 words
     assert "share a row of 512 words" in head.ways[0].why
+    assert "tensor cores" in head.ways[1].how
+    assert "in one part up to" in found.step + str(found)
     pretend(monkeypatch, 30, (8, 6))
     assert "PDL" not in explained(make_tiny("llama3-rope", hidden_size=2048).weights, FUSED).step
 

@@ -5,7 +5,7 @@ Under the interpreter both run the same Triton kernels' arithmetic on a CPU, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from lbq.runtime.engines import EnginePool, TrackedEngine, TrackedStream
 from lbq.runtime.fused.engine import FusedEngine
 from lbq.runtime.fused.plan import Plan, Projecting
 from lbq.runtime.fused.step import why_not
-from lbq.runtime.kernels.attention import Split
+from lbq.runtime.kernels.attention import Short, Split
 from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
 from lbq.runtime.kernels.gemv import Tile
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
@@ -212,12 +212,32 @@ def test_what_it_does_not_know(make_tiny, reference_kernels):
     assert why_not(decoder) == "layer 1 mixes tokens by object"
 
 
-def test_the_device_takes_it_only_where_it_is_asked_to(make_tiny, reference_kernels):
+def test_the_device_takes_it_where_it_can(make_tiny, reference_kernels):
     weights = make_tiny("llama-tied", **SMALL).weights
     decoder = bind(weights, Kernels()).decoder
-    asked, unasked = CudaDevice(exact=False, fused=True), CudaDevice(exact=False)
-    assert isinstance(asked.engine(decoder, CONTEXT), FusedEngine)
-    assert isinstance(unasked.engine(decoder, CONTEXT), CudaEngine)
-    other = asked.engine(bind(weights, reference_kernels).decoder, CONTEXT)
-    assert isinstance(other, CudaEngine)
-    assert "reference INT4" in other.fallback
+    device = CudaDevice(exact=False)
+    assert device.step_fallback(decoder) is None
+    assert isinstance(device.engine(decoder, CONTEXT), FusedEngine)
+    assert isinstance(CudaDevice(exact=False, fused=False).engine(decoder, CONTEXT), CudaEngine)
+    other = bind(weights, reference_kernels).decoder
+    assert isinstance(device.engine(other, CONTEXT), CudaEngine)
+    assert "reference INT4" in str(device.step_fallback(other))
+    assert CudaDevice(exact=True).step_fallback(other) is None
+
+
+def test_a_text_that_grows_long(make_tiny, reference_kernels):
+    """In one part up to a length, then cut: both against float32, and the stream goes from one to the other."""
+    weights = make_tiny("qwen3-qk-norm", **{**SMALL, "num_hidden_layers": 1, "head_dim": 32}).weights
+    decoder = bind(weights, Kernels()).decoder
+    plan = replace(PLANS["whole"], short=Short(until=PROMPT + 1, block=32, warps=1))
+    engine = FusedEngine(decoder, CONTEXT, plan=plan, graphs=not INTERPRETED)
+    reference = after_prompt(weights, reference_kernels, engine)
+    for token in IDS[PROMPT : PROMPT + 2]:
+        assert divergence(reference.decode(token), engine.decode(token)) <= 1e-5
+    engine.truncate(PROMPT - 1)
+    greedy = [int(engine.decode(IDS[PROMPT - 1]).argmax())]
+    for _ in range(3):
+        greedy.append(int(engine.decode(greedy[-1]).argmax()))
+    engine.truncate(PROMPT - 1)
+    logits = engine.decode(IDS[PROMPT - 1]).clone()
+    assert list(engine.stream(logits, SamplingOptions(), IDS[:PROMPT], 4)) == greedy

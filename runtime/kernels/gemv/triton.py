@@ -158,8 +158,9 @@ def first_weights(
     AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The weights of ``rows`` that ``row_products`` begins with, EARLY steps (1 or 2) of them; with AHEAD the others are
-    called into L2. A second step that is none repeats the first."""
+    """The weights of ``rows`` that ``row_products`` begins with: of EARLY steps, 1 or 2; the second repeats the first
+    where there is none. With AHEAD the others are called into L2.
+    """
     C: tl.constexpr = 32 if BITS == 3 else 32 // BITS  # codes a column
     COLS: tl.constexpr = (K + C - 1) // C
     RUNS: tl.constexpr = 3 if BITS == 3 else 1

@@ -63,10 +63,25 @@ def test_add(bits: int, tile: Tile, random_weight: Weights, relative_error: Erro
     expected = stream.double() + product.gemv(x[None], weight, bias)[0]
     to = Normed(Activations.empty(n, 11 - bits if bits != 4 else 4, DEVICE, eps=1e-6), w)  # the next one's bits differ
     counters = counters_of(n, tile)
-    project(plain(x, bits), gemv.arrange(weight), bias, stream, kind="add", tile=tile, to=to, counters=counters)
+    args = (plain(x, bits), gemv.arrange(weight), bias, stream)
+    project(*args, kind="add", tile=tile, to=to, counters=counters)
     assert relative_error(stream, expected) <= BOUND
     assert relative_error(value(to.to), rms_norm(expected, w, 1e-6)) <= BOUND
     assert counters is None or not counters.any()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("k", [192, 576])
+def test_early_weights_change_nothing(bits: int, k: int, random_weight: Weights) -> None:
+    """One, two and more steps along K."""
+    weight, x = gemv.arrange(random_weight(40, k, bits, 64, DEVICE)), plain(normal(k), bits)
+    found = []
+    for early in (1, 2):
+        y = torch.full((40,), float("nan"), device=DEVICE)
+        project(x, weight, None, y, kind="store", tile=Tile(16, 32, 2), early=early)
+        found.append(y)
+    assert torch.equal(*found)
+    assert bool(found[0].isfinite().all())
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
