@@ -108,7 +108,7 @@ class _OnCuda:
         from lbq.runtime.kernels.attention import why_not
 
         if not self._device.fused:
-            return "the fused step was not asked for"
+            return "the fused step is not the default yet"
         for i in range(len(self._spec.layers)):
             mixer = self._spec.layer(i).mixer
             trouble = why_not(_heads(mixer))

@@ -32,7 +32,7 @@ def modules() -> set[str]:
         for path in folder.rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    return {name for name in found if name.endswith((".py", "py.typed", ".txt", ".jinja", ".css"))}
+    return {name for name in found if name.endswith((".py", "py.typed", ".txt", ".jinja", ".css", ".json"))}
 
 
 def test_wheel(dist: Path) -> None:

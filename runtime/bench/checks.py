@@ -78,6 +78,7 @@ def _added(bench: Bench, x: torch.Tensor, source: Activations, n: int, tile: Til
         counters=arrivals(n, bench.device),
         pdl=bench.pdl,
         ahead=True,
+        early=2,
     )
     yield f"out/down INT{weight.bits} | {tile}", relative_error(stream, expected), 2e-4
     yield f"its planes | {tile}", relative_error(value(to.to), rms_norm(expected, w, 1e-6)), 2e-4

@@ -13,7 +13,7 @@ from lbq.runtime.devices import CpuDevice, CudaDevice
 from lbq.runtime.explain import explain
 from lbq.runtime.needs import needs
 
-FUSED = CudaDevice(exact=False)
+FUSED = CudaDevice(exact=False, fused=True)
 
 
 def entries(weights):
@@ -55,8 +55,8 @@ def test_a_gpu_that_is_not_here(make_tiny):
     assert found.device == "a GPU (none is here)"
     assert found.step.startswith("fused")
     assert all("multiprocessors" in each.ways[0].why for each in found.units)
-    plain = explained(make_tiny("llama3-rope").weights, CudaDevice(exact=False, fused=False))
-    assert "not asked for" in plain.step
+    plain = explained(make_tiny("llama3-rope").weights, CudaDevice(exact=False))
+    assert "not the default" in plain.step
     assert [way.tokens for way in plain.units[0].ways] == ["1", "2 – 16", "17 or more"]
 
 

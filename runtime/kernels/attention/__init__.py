@@ -68,7 +68,7 @@ def split_for(heads: Heads, sm_count: int) -> Split:
 class Short:
     """How a text of up to ``until`` tokens is attended to in one part: ``block`` tokens at a time."""
 
-    until: int = 768
+    until: int = 512
     block: int = 128
     warps: int = 8
 
