@@ -30,7 +30,7 @@ from lbq.quantizer.methods import Rounded, device_name
 from lbq.quantizer.plan import Keep, Plan, Quantize
 from lbq.quantizer.remote import RemoteShard
 from lbq.quantizer.shards import Shards
-from lbq.quantizer.work_folder import Layers, WorkFolder, layer_differences, tool_differences
+from lbq.quantizer.work_folder import KEPT, Layers, WorkFolder, layer_differences, tool_differences
 from lbq.quantizer.writing import OnProgress, Written, write_step
 
 SOURCE = "source"
@@ -225,7 +225,7 @@ def _kept(work: StreamWork) -> Iterator[None]:
     try:
         yield
     except (RemoteError, StorageError) as error:
-        raise type(error)(f"{error}; what is finished is kept, and the same command goes on with it") from error
+        raise type(error)(f"{error}; {KEPT}") from error
     except DataError:
         work.remove()
         raise

@@ -19,6 +19,8 @@ from lbq.formats import json_file
 from lbq.formats.disk import shown, storage_errors, sync_folder
 from lbq.formats.errors import DataError, StorageError, UsageError
 
+KEPT = "what is finished is kept, and the same command goes on with it"  # for errors that are not the data's
+
 T = TypeVar("T")
 Layers = dict[str, tuple[int, int, int]]  # of each quantised layer: bits, group as searched, group as stored
 

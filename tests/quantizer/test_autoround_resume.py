@@ -303,8 +303,11 @@ def test_a_full_disk_while_it_works(tune: Tune, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "pwrite", counting)
     for writes in (0, 30, 60):
         left = writes
-        with pytest.raises(StorageError, match=r"No space left on device \(\d+ bytes needed, \d+ bytes free\)"):
+        with pytest.raises(
+            StorageError, match=r"No space left on device \(\d+ bytes needed, \d+ bytes free\)"
+        ) as raised:
             tune()
+        assert ("; what is finished is kept, and the same command" in str(raised.value)) == (writes > 0)
     left = 1_000_000
     assert content(tune().path) == whole
 
@@ -344,7 +347,7 @@ def test_signals(number: str, code: int, tune: Tune) -> None:
     lines = done.stderr.splitlines()
     assert lines[0] == "tuning 3 blocks, 0 of them finished before"
     assert re.fullmatch(r"block 1/3: loss \S+ → \S+, \d+ s left", lines[1])
-    assert lines[2] == "lbq: what is finished is kept; the same command goes on with it"
+    assert lines[2] == "lbq: what is finished is kept, and the same command goes on with it"
     assert lines[3:] == (["lbq: interrupted"] if number == "SIGINT" else [])
     assert os.listdir(tune.target.parent) == [".out.work"]
     tune()

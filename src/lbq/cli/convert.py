@@ -70,6 +70,7 @@ def convert(
     """
     from lbq.conversion import decide, make_order
     from lbq.quantizer.convert import unfinished
+    from lbq.quantizer.work_folder import KEPT
 
     order = make_order(**wish.scheme(), **asdict(method), **options)
     if dry_run and order.target_bpw is not None and order.sensitivity is None:
@@ -97,7 +98,7 @@ def convert(
         done = _run(job)
     except (KeyboardInterrupt, SystemExit):
         if unfinished(job.prepared, job.target):
-            click.echo("lbq: what is finished is kept; the same command goes on with it", err=True)
+            click.echo(f"lbq: {KEPT}", err=True)
         raise
     _print_result(done, model, as_json)
 
