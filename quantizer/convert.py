@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lbq.formats import manifest as manifests
 from lbq.formats import report as reports
 from lbq.formats.compressed_tensors import quantization_config
 from lbq.formats.disk import SPARE_BYTES, check_plain_name, require_space
-from lbq.formats.errors import DeviceError, StorageError, UsageError
+from lbq.formats.errors import DeviceError, RemoteError, StorageError, UsageError
 from lbq.formats.manifest import MANIFEST, PAGE, REPORT, Manifest
 from lbq.formats.quality import Quality
 from lbq.formats.report import Report
@@ -31,7 +32,7 @@ from lbq.quantizer.prepare import Prepared
 from lbq.quantizer.shards import Shards
 from lbq.quantizer.source import Hasher
 from lbq.quantizer.streaming import AHEAD, StreamWork
-from lbq.quantizer.work_folder import WorkFolder
+from lbq.quantizer.work_folder import KEPT, WorkFolder
 from lbq.quantizer.writing import OnProgress, Written, write_step
 
 Measure = Callable[[Path], Quality]  # what a whole artifact's report gets, see write_artifact
@@ -61,7 +62,7 @@ def check_output(model: str | Path, out: Path, *, overwrite: bool) -> None:
 def unfinished(prepared: Prepared, out: Path) -> bool:
     """Whether an interrupted conversion into ``out`` has left work with which another call goes on."""
     work = _work(prepared, out)
-    return work is not None and work.exists
+    return work is not None and work.begun
 
 
 def write_artifact(
@@ -98,7 +99,8 @@ def write_artifact(
     _say_what_is_left(prepared, out, on_note)
     small = _small_files(prepared)
     sources = [source.folder / "config.json", *source.companions(), *_weight_files(prepared)]
-    with StagedFolder(out, overwrite=overwrite, source=source.folder) as stage, Hasher(sources) as hasher:
+    staged = StagedFolder(out, overwrite=overwrite, source=source.folder)
+    with _saying_what_is_kept(prepared, out), staged as stage, Hasher(sources) as hasher:
         try:
             written = _write(
                 prepared,
@@ -214,6 +216,17 @@ def _say_what_is_left(prepared: Prepared, out: Path, on_note: OnNote) -> None:
                 f"{other.folder}: unfinished work of another conversion, {other.nbytes()} bytes, which this one leaves "
                 "as it is; remove it unless you are going to finish that one"
             )
+
+
+@contextmanager
+def _saying_what_is_kept(prepared: Prepared, out: Path) -> Iterator[None]:
+    """Errors that are not the data's leave what is finished, and say so."""
+    try:
+        yield
+    except (RemoteError, StorageError, DeviceError) as error:
+        if unfinished(prepared, out):
+            raise type(error)(f"{error}; {KEPT}") from error
+        raise
 
 
 def _tidy(written: Written, on_note: OnNote) -> None:

@@ -13,7 +13,7 @@ import torch
 from lbq import __version__
 from lbq.formats import manifest as manifests
 from lbq.formats.disk import FileEntry
-from lbq.formats.errors import DataError, StorageError
+from lbq.formats.errors import DataError
 from lbq.formats.packing import PackedWeight
 from lbq.formats.safetensors_file import INDEX, Checkpoint
 from lbq.quantizer import tensors
@@ -27,7 +27,6 @@ from lbq.quantizer.plan import Keep, Plan, Quantize
 from lbq.quantizer.request import Request
 from lbq.quantizer.rtn import DEFAULT_RULES
 from lbq.quantizer.tensors import OnBlock
-from lbq.quantizer.work_folder import KEPT
 
 MEASURED_ROWS = tensors.CPU_BLOCK  # weights compared with their source at a time
 
@@ -201,6 +200,4 @@ def tuned(
         if not work.numbers("block"):  # there is nothing to go on with, and bad data stay bad
             work.remove()
         raise
-    except StorageError as error:
-        raise StorageError(f"{error}; {KEPT}") from error
     return Tuned(checkpoint, device, tuner, work)

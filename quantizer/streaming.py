@@ -19,7 +19,7 @@ import torch
 from lbq import __version__
 from lbq.formats import json_file
 from lbq.formats.disk import FileEntry, storage_errors, write_file
-from lbq.formats.errors import DataError, RemoteError, StorageError
+from lbq.formats.errors import DataError
 from lbq.formats.safetensors_file import INDEX, Checkpoint
 from lbq.formats.spec import Part
 from lbq.formats.staging import StagedFolder
@@ -30,7 +30,7 @@ from lbq.quantizer.methods import Rounded, device_name
 from lbq.quantizer.plan import Keep, Plan, Quantize
 from lbq.quantizer.remote import RemoteShard
 from lbq.quantizer.shards import Shards
-from lbq.quantizer.work_folder import KEPT, Layers, WorkFolder, layer_differences, tool_differences
+from lbq.quantizer.work_folder import Layers, WorkFolder, layer_differences, tool_differences
 from lbq.quantizer.writing import OnProgress, Written, write_step
 
 SOURCE = "source"
@@ -148,7 +148,7 @@ def stream(
     todo = [checkpoint.files[name] for name in by_file if name not in journal.sources]
     weights = Rounded(checkpoint, device)
     shards = Shards(work, plan.outputs(), max_shard_bytes, written, journal.files)
-    with _kept(work), shards, Fetcher(source, todo, work.source, on_fetch) as fetcher:
+    with _dropped_with_bad_data(work), shards, Fetcher(source, todo, work.source, on_fetch) as fetcher:
         for file in todo:
             fetched = fetcher.take()
             if isinstance(file, RemoteShard):
@@ -220,12 +220,10 @@ def _name(step: Quantize | Keep) -> str:
 
 
 @contextmanager
-def _kept(work: StreamWork) -> Iterator[None]:
-    """What is done is kept where the same command can go on with it, which is then said; bad data stay bad."""
+def _dropped_with_bad_data(work: StreamWork) -> Iterator[None]:
+    """Bad data stay bad: there is nothing to go on with."""
     try:
         yield
-    except (RemoteError, StorageError) as error:
-        raise type(error)(f"{error}; {KEPT}") from error
     except DataError:
         work.remove()
         raise

@@ -42,6 +42,11 @@ class WorkFolder:
         """Whether there is such a folder, with whatever in it."""
         return self.folder.is_dir()
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is work to go on with."""
+        return (self.folder / self.HEAD).is_file()
+
     def head(self, kind: type[T], *, restart: bool) -> T | None:
         """The head of work that is there; None where there is none. ``restart`` drops what is there.
 
@@ -51,7 +56,7 @@ class WorkFolder:
         if not os.path.lexists(self.folder):
             return None
         self._check_ours()
-        if restart or not (self.folder / self.HEAD).exists():
+        if restart or not self.begun:
             self.remove()
             return None
         try:
