@@ -56,6 +56,11 @@ class SourceFolder:
     file: Path | None = None
 
     @property
+    def place(self) -> str:
+        """What the user calls it on the command line, for messages: a path, or the Hub id."""
+        return str(self.file or (self.folder if self.revision is None else self.name))
+
+    @property
     def label(self) -> str:
         return self.name.rstrip("/").rpartition("/")[2]
 

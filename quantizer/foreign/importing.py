@@ -12,7 +12,7 @@ import torch
 
 from lbq.formats.artifact import DENSE_DTYPE
 from lbq.formats.disk import readable
-from lbq.formats.errors import UsageError
+from lbq.formats.errors import StorageError, UsageError
 from lbq.formats.manifest import MANIFEST, Import
 from lbq.formats.safetensors_file import Checkpoint
 from lbq.formats.scheme import Scheme
@@ -96,10 +96,12 @@ def find_source(
     model: str | Path, original: str | Path | None, revision: str | None, on_note: OnNote = quiet
 ) -> SourceFolder:
     """The checkpoint ``model``, or a GGUF file beside the config and the tokenizer of its ``original``, of which no
-    weights are fetched; ``revision`` is that of the Hub id among them. Raises what :func:`resolve` does, and
-    UsageError."""
+    weights are fetched; ``revision`` is that of the Hub id among them. Raises what :func:`resolve` does, UsageError,
+    and StorageError for a file that is not there."""
     path = Path(model)
     if not (path.suffix == ".gguf" and path.is_file()):
+        if original is not None and path.suffix == ".gguf" and not path.exists():
+            raise StorageError(f"{model}: no such file")
         if original is not None:
             raise UsageError(f"--original is for GGUF files; {model} is none")
         return resolve(model, revision, on_note)
@@ -121,11 +123,11 @@ def open_foreign_only(source: SourceFolder) -> ForeignCheckpoint:
     """Open what another tool quantised. Raises what :func:`open_foreign` does, and UsageError for what is no such
     checkpoint."""
     if source.file is None and (source.folder / MANIFEST).is_file():
-        raise UsageError(f"{source.name}: an lbq artifact already; lbq run {source.name}")
+        raise UsageError(f"{source.place}: an lbq artifact already; lbq run {source.place}")
     foreign = open_foreign(source)
     if foreign.tool is None:
         foreign.close()
-        raise UsageError(f"{source.name}: not quantized; lbq convert {source.name} quantizes it")
+        raise UsageError(f"{source.place}: not quantized; lbq convert {source.place} quantizes it")
     return foreign
 
 
@@ -148,7 +150,7 @@ def prepare_import(source: SourceFolder, foreign: ForeignCheckpoint, request: Im
         head = unit == (spec.head,)
         if not head or request.lm_head in (4, 8) or (request.lm_head is None and spec.head.name in foreign.layers):
             images.choose(unit, request.wish(head))
-    images.check(source.name)
+    images.check(source.place)
     plan = _plan(spec, foreign, images, notes)
     if request.strict and plan.notes:
         raise UsageError(f"refused under --strict: {plan.notes[0]}")

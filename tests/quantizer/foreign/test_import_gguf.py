@@ -145,6 +145,8 @@ def test_faults(
     for command in ("convert", "inspect"):
         assert f"a GGUF file; lbq import {path} --original MODEL" in lbq(command, path).error
     assert "--original MODEL" in lbq("import", path, "--out", out).error
+    done = lbq("import", tmp_path / "none.gguf", "--original", original, "--out", out)
+    assert (done.code, done.error) == (4, f"{tmp_path / 'none.gguf'}: no such file")
     assert "--original is for GGUF files" in lbq("import", original, "--original", original, "--out", out).error
     other = write_checkpoint(
         tmp_path / "other", "qwen3", hidden_size=256, intermediate_size=544, num_hidden_layers=1, head_dim=64

@@ -143,7 +143,9 @@ def test_requests_refused(
 def test_what_is_no_such_checkpoint(
     source: Path, export: Export, kept_artifact: Path, lbq: Lbq, tmp_path: Path
 ) -> None:
-    assert "not quantized; lbq convert" in lbq("import", source, "--out", tmp_path / "out").error
+    assert lbq("import", source, "--out", tmp_path / "out").error == (
+        f"{source}: not quantized; lbq convert {source} quantizes it"
+    )
     assert "an lbq artifact already" in lbq("import", kept_artifact, "--out", tmp_path / "out").error
     assert "(GPTQ): lbq import makes" in lbq("convert", export("auto_gptq"), "--out", tmp_path / "out").error
     assert "an lbq artifact, quantized already" in lbq("convert", kept_artifact, "--out", tmp_path / "out").error
