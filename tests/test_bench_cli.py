@@ -156,6 +156,7 @@ def test_what_was_measured_before_a_failure_is_shown(
         (("--shape", "tiny", "--picture", "a.png"), "FILE.svg"),
         (("nowhere", "--bits", "4"), "--bits"),
         (("--shape", "tiny", "--tokens", "1"), "--tokens"),
+        (("--shape", "tiny", "--fused"), "for a GPU"),
     ],
 )
 def test_usage(bench: Callable[..., Any], options: tuple[str, ...], said: str) -> None:
@@ -200,15 +201,16 @@ def test_what_cannot_be_profiled(lbq: Callable[..., Any], options: tuple[str, ..
 
 
 @pytest.mark.gpu
-def test_both_commands_on_a_gpu(lbq: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["--fused", "--no-fused"])
+def test_both_commands_on_a_gpu(lbq: Callable[..., Any], tmp_path: Path, step: str) -> None:
     picture, trace = tmp_path / "a.svg", tmp_path / "a.json"
-    shape = ("--shape", "tiny", "--device", "cuda")
+    shape = ("--shape", "tiny", "--device", "cuda", step)
     done = lbq("bench", *shape, "--bits", "3,4,8", "--depth", "0,500", "--rounds", "2", "--picture", picture, "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["machine"]["kind"] == "cuda"
     assert found["machine"]["upload"] > 1e9
-    assert len(found["rows"]) == 6
+    assert [row["fused"] for row in found["rows"]] == 6 * [step == "--fused"]
     assert picture.read_text().count("<circle") == 6
     done = lbq("profile", *shape, "--steps", "3", "--trace", trace)
     assert done.code == 0, done.err

@@ -22,7 +22,7 @@ from lbq.runtime.bench.shapes import SHAPES
 from lbq.runtime.bench.timing import copy_bandwidth, upload_bandwidth
 from lbq.runtime.bench.weights import RandomWeights
 from lbq.runtime.binding import Bound, KernelUse, Weights, bind
-from lbq.runtime.devices import Device, device_errors
+from lbq.runtime.devices import CudaDevice, Device, device_errors
 from lbq.runtime.needs import needs
 
 GROUP = 256  # of random weights, where nothing else is asked for: what the figures of docs/performance.md have
@@ -72,6 +72,8 @@ class Row:
     decoded: Decoded | None
     skipped: str | None
     kernels: tuple[KernelUse, ...]
+    fused: bool  # whether tokens are decoded by the fused step of a GPU
+    step_fallback: str | None  # why they are not, though it was asked for
     cache_fallback: str | None  # why keys and values are not read as they are kept, if so
 
     @property
@@ -277,6 +279,7 @@ class _Measuring:
     def _row(self, case: Case, decoded: Decoded | None, skipped: str | None) -> Row:
         floor = self._on.copy / (self._weight_bytes + decoded.cache_bytes) if decoded else None
         bound = self._bound and self._bound[1]
+        step_fallback = self._device.step_fallback(bound.decoder) if bound else None
         return Row(
             case,
             self._weight_bytes,
@@ -287,5 +290,7 @@ class _Measuring:
             decoded,
             skipped,
             bound.kernels if bound else (),
+            isinstance(self._device, CudaDevice) and self._device.fused and not step_fallback,
+            step_fallback,
             self._device.cache_fallback(bound.decoder) if bound else None,
         )

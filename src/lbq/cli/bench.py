@@ -12,7 +12,7 @@ import click
 from lbq.cli.benched import print_report
 from lbq.cli.display import note, plain, print_json
 from lbq.cli.options import number_list
-from lbq.cli.subject import check_place, find_subject, kv_cache_option, shape_option
+from lbq.cli.subject import check_place, find_subject, fused_option, kv_cache_option, shape_option, stepping
 from lbq.formats.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--sampled", is_flag=True, help="Draw tokens, temperature 0.7, top-k 20, top-p 0.95.  [greedy]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @kv_cache_option
+@fused_option
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a roofline, FILE.svg.")
 @click.option("--peers", is_flag=True, help="Run other engines at the same shape too: those that are installed.")
@@ -55,6 +56,7 @@ def bench(
     sampled: bool,
     device: Any,
     kv_cache: Any,
+    fused: bool | None,
     threads: int | None,
     picture: Path | None,
     peers: bool,
@@ -77,7 +79,7 @@ def bench(
         raise UsageError("--peers decode greedily, with nothing before the prompt: no --sampled, and 0 in --depth")
     if threads is not None:
         set_threads(threads)
-    where = find_device(device, exact=False, kv_cache=kv_cache)
+    where = stepping(find_device(device, exact=False, kv_cache=kv_cache), fused)
     if where.note is not None:
         note(where.note)
     load = Workload(prompt, new, rounds, sampled)

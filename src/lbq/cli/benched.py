@@ -38,6 +38,8 @@ def print_report(report: Report, as_markdown: bool) -> None:
 def _lines(report: Report) -> list[str]:
     on, load = report.machine, report.load
     how = "drawn" if load.sampled else "greedy"
+    if any(row.fused for row in report.rows):
+        how += " by the fused step"
     kept = dict.fromkeys(row.decoded.cache_dtype for row in report.rows if row.decoded is not None)
     lines = [
         f"{on.name}, {on.detail}, torch {on.torch}; memory copied at {rate(on.copy)}, read and written",
@@ -49,6 +51,7 @@ def _lines(report: Report) -> list[str]:
     lines += dict.fromkeys(_loading(row, on) for row in report.rows if row.load_seconds)
     kernels = dict.fromkeys(use for row in report.rows for use in row.kernels)
     lines += [f"FALLBACK {use.units}: {use.kernel}, because {use.fallback}" for use in kernels if use.fallback]
+    lines += dict.fromkeys(f"FALLBACK of the fused step: {r.step_fallback}" for r in report.rows if r.step_fallback)
     lines += dict.fromkeys(f"FALLBACK keys and values: {r.cache_fallback}" for r in report.rows if r.cache_fallback)
     if any(row.share is not None and row.share > 1 for row in report.rows):
         lines.append("a share above 100%: these weights come from the processor's cache, not from its memory")

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lbq.cli.display import note, plain, print_json, size, table
-from lbq.cli.subject import check_place, find_subject, kv_cache_option, rate, seconds, shape_option
+from lbq.cli.subject import (
+    check_place,
+    find_subject,
+    fused_option,
+    kv_cache_option,
+    rate,
+    seconds,
+    shape_option,
+    stepping,
+)
 from lbq.formats.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +38,7 @@ COLUMNS = ("launch", "kernel", "count", "each", "a step", "of the step", "bytes"
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="The median of so many.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @kv_cache_option
+@fused_option
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--trace", type=click.Path(path_type=Path, dir_okay=False), help="Write a Chrome trace, FILE.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -41,6 +51,7 @@ def profile(
     steps: int,
     device: Any,
     kv_cache: Any,
+    fused: bool | None,
     threads: int | None,
     trace: Path | None,
     as_json: bool,
@@ -59,7 +70,7 @@ def profile(
     check_place(trace)
     if threads is not None:
         set_threads(threads)
-    where = find_device(device, exact=False, kv_cache=kv_cache)
+    where = stepping(find_device(device, exact=False, kv_cache=kv_cache), fused)
     if where.note is not None:
         note(where.note)
     with ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from lbq.runtime.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
     from lbq.runtime.bench.sweep import Variant
+    from lbq.runtime.devices import Device
 
 shape_option = click.option(
     "--shape",
@@ -27,6 +28,21 @@ shape_option = click.option(
 kv_cache_option = click.option(
     "--kv-cache", type=click.Choice(["auto", "int8"]), default="auto", help="int8: half a GPU's memory, less exact."
 )
+
+fused_option = click.option(
+    "--fused/--no-fused", default=None, help="On a GPU: decode by the fused step, or not.  [as lbq run does]"
+)
+
+
+def stepping(device: Device, fused: bool | None) -> Device:
+    """``device`` with or without the fused step. Raises UsageError for a CPU, which has none."""
+    from lbq.runtime.devices import CudaDevice
+
+    if fused is None:
+        return device
+    if not isinstance(device, CudaDevice):
+        raise UsageError("--fused and --no-fused are for a GPU")
+    return replace(device, fused=fused)
 
 
 @dataclass(frozen=True)
