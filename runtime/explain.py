@@ -129,7 +129,23 @@ class _OnCuda:
     def _attention(self) -> str:
         """How one token attends, and how a prompt does."""
         one = self._one_attends()
-        return one if self._device.exact else f"{one}; prompts by a causal kernel of their own, 128 tokens a program"
+        if self._device.exact:
+            return one
+        trouble = self._why_no_prompt_kernel()
+        if trouble is not None:
+            return f"{one}; prompts by torch's scaled_dot_product_attention: {trouble}"
+        return f"{one}; prompts by a causal kernel of their own, 128 tokens a program"
+
+    def _why_no_prompt_kernel(self) -> str | None:
+        """What ``prompts.why_not`` will say of the bound decoder."""
+        from lbq.runtime.kernels.prompt import why_not
+
+        for i in range(len(self._spec.layers)):
+            width = max(unit[0].in_features for unit in self._spec.layer_units(i))
+            trouble = why_not(_heads(self._spec.layer(i).mixer), width)
+            if trouble is not None:
+                return f"layer {i}: {trouble}"
+        return None
 
     def _one_attends(self) -> str:
         kind = str(self._device.cache_dtype).removeprefix("torch.")

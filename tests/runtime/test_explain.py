@@ -60,6 +60,16 @@ def test_a_gpu_that_is_not_here(make_tiny):
     assert [way.tokens for way in plain.units[0].ways] == ["1", "2 – 16", "17 or more"]
 
 
+def test_how_prompts_attend(make_tiny):
+    for dim, said in (
+        (64, "a causal kernel of their own"),
+        (288, "layer 0: heads of 288: they must be of at most 256"),
+    ):
+        tiny = make_tiny("llama3-rope", head_dim=dim, num_attention_heads=2, num_key_value_heads=1)
+        assert said in explained(tiny.weights, CudaDevice(exact=False)).attention
+    assert "prompts" not in explained(tiny.weights, CudaDevice(exact=True)).attention
+
+
 def test_tiles_of_a_gpu(make_tiny, monkeypatch):
     pretend(monkeypatch, 132)
     found = explained(make_tiny("llama3-rope", hidden_size=2048).weights, FUSED)
