@@ -60,10 +60,11 @@ def explain(spec: ModelSpec, uses: Sequence[KernelUse], device: Device) -> Expla
 
 def _on_cpu(uses: Sequence[KernelUse], device: CpuDevice) -> Explanation:
     threads = torch.get_num_threads()
+    kind = str(device.cache_dtype).removeprefix("torch.")
     return Explanation(
         f"CPU, {threads} threads" + (f" ({device.note})" if device.note else ""),
         "kernel by kernel from Python, activations and sums in float32",
-        "torch's batched matmul for one token, its scaled_dot_product_attention for more; keys and values in float32",
+        f"torch's batched matmul for one token, its scaled_dot_product_attention for more; keys and values in {kind}",
         tuple(Explained(use, _cpu_ways(use, exact=device.exact)) for use in uses),
     )
 

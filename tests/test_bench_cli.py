@@ -179,7 +179,10 @@ def test_a_profile(lbq: Callable[..., Any], kept_artifact: Path, tmp_path: Path)
     assert labels == ["q/k/v", "attention", "output", "gate/up", "down", "head"]
     assert str(trace) in done.out.splitlines()[-1]
     assert json.loads(trace.read_text())["traceEvents"]
+    eight = lbq("profile", "--shape", "tiny", "--device", "cpu", "--steps", "2", "--kv-cache", "int8")
+    assert "\nFALLBACK keys and values: no kernel here reads int8" in eight.out
     found = json.loads(lbq("profile", "--shape", "tiny", "--device", "cpu", "--steps", "2", "--json").out)
+    assert found["cache_fallback"] is None
     assert found["profile"]["seconds"] > 0
     assert len(found["profile"]["lines"]) == 6
 

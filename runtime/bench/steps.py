@@ -14,13 +14,15 @@ from lbq.runtime.devices import Device, device_errors
 
 @dataclass(frozen=True)
 class Profiled:
-    """A step of ``weights`` (``INT4 g256, INT8 row``) behind ``depth`` tokens."""
+    """A step of ``weights`` (``INT4 g256, INT8 row``) behind ``depth`` tokens. ``cache_fallback``: why keys and values
+    are not read as they are kept, if so."""
 
     subject: str
     weights: str
     machine: Machine
     depth: int
     profile: Profile
+    cache_fallback: str | None
 
 
 def profile_variant(
@@ -33,6 +35,5 @@ def profile_variant(
     with device_errors(SMALLER):
         on = machine(device.device)
         decoder = bind(variant.open(device.device), device).decoder
-        return Profiled(
-            subject, variant.label, on, depth, profile_decode(decoder, device, variant.quantized, depth, steps, trace)
-        )
+        found = profile_decode(decoder, device, variant.quantized, depth, steps, trace)
+        return Profiled(subject, variant.label, on, depth, found, device.cache_fallback(decoder))

@@ -100,6 +100,8 @@ def _print(found: Profiled) -> None:
         f"{seconds(max(0.0, step.seconds - busy))} idle; {size(nbytes)} in {seconds(nbytes / on.copy)} at the copy's "
         f"rate: {nbytes / on.copy / step.seconds:.1%}",
     ]
+    if found.cache_fallback is not None:
+        lines.append(f"FALLBACK keys and values: {found.cache_fallback}")
     for line in (*lines, *((step.note,) if step.note else ())):
         click.echo(plain(line))
 
