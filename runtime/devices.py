@@ -14,7 +14,7 @@ import torch
 
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.packing import PackedWeight
-from lbq.runtime.decoder import Decoder
+from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import BUCKET, CudaEngine
 from lbq.runtime.kernels.linear import Choice, Linear, Matrix
@@ -92,7 +92,9 @@ class CudaDevice:
     exact: bool
     note: str | None = None
     eight: bool = False  # keys and values as int8
-    fused: bool = False  # decode by ``lbq.runtime.fused`` where it can: the default once it ran on real weights
+    # Decode by ``lbq.runtime.fused`` and take prompts by ``lbq.runtime.prompts`` where they can: the default once both
+    # have run on a GPU with real weights.
+    fused: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -151,11 +153,20 @@ class CudaDevice:
         return self.fused and not self.exact and self.step_fallback(decoder) is None
 
     def engine(self, decoder: Decoder, context: int) -> Engine:
+        layers = self._prompt_layers(decoder)
         if not self._fuses(decoder):
-            return CudaEngine(decoder, context, cache_dtype=self.cache_dtype)
+            return CudaEngine(decoder, context, cache_dtype=self.cache_dtype, layers=layers)
         from lbq.runtime.fused.engine import FusedEngine
 
-        return FusedEngine(decoder, context, cache_dtype=self.cache_dtype)
+        return FusedEngine(decoder, context, cache_dtype=self.cache_dtype, layers=layers)
+
+    def _prompt_layers(self, decoder: Decoder) -> Layers | None:
+        """How many tokens at a time are taken in, where that is not by the decoder's own layers."""
+        if self.exact or not self.fused:
+            return None
+        from lbq.runtime.prompts import PromptLayers, why_not
+
+        return PromptLayers(decoder) if why_not(decoder) is None else None
 
 
 Device = CpuDevice | CudaDevice

@@ -14,13 +14,20 @@ class DecoderEngine:
     """One text on one decoder, every step run as it is called. The cache grows with the text unless it is ``fixed``."""
 
     def __init__(
-        self, decoder: Decoder, context: int, *, cache_dtype: torch.dtype = torch.float32, slots: int | None = None
+        self,
+        decoder: Decoder,
+        context: int,
+        *,
+        cache_dtype: torch.dtype = torch.float32,
+        slots: int | None = None,
+        layers: Layers | None = None,
     ) -> None:
-        """``context``: the most tokens; ``slots``: allocate a cache of this many at once, at least ``context``."""
+        """``context``: the most tokens; ``slots``: allocate a cache of this many at once, at least ``context``;
+        ``layers``: what takes several tokens through the layers, in place of the decoder's own."""
         assert slots is None or slots >= context
         self.context = context
         self._decoder = decoder
-        self._layers = _prompt_layers(decoder)
+        self._layers = layers
         self._state = decoder.new_state(slots or context, dtype=cache_dtype, fixed=slots is not None)
 
     @property
@@ -55,12 +62,3 @@ class DecoderEngine:
         if self.position + len(ids) > self.context:
             raise UsageError(f"{self.position} + {len(ids)} tokens do not fit into a context of {self.context}")
         return torch.tensor(ids, device=self._decoder.device)
-
-
-def _prompt_layers(decoder: Decoder) -> Layers | None:
-    """How ``decoder`` takes many tokens in, where its device has a way of its own."""
-    if decoder.device.type != "cuda":
-        return None
-    from lbq.runtime.prompts import PromptLayers, why_not  # Triton, which the CPU does not need
-
-    return PromptLayers(decoder) if why_not(decoder) is None else None

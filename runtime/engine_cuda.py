@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from lbq.runtime.decoder import Decoder
+from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.step import DeviceStep
 
@@ -27,10 +27,11 @@ class CudaEngine(DecoderEngine):
         *,
         cache_dtype: torch.dtype = torch.float16,
         graphs: bool = True,
+        layers: Layers | None = None,
     ) -> None:
         """``graphs=False`` runs the same step without capturing it, on any device."""
         slots = -(-context // BUCKET) * BUCKET
-        super().__init__(decoder, context, cache_dtype=cache_dtype, slots=slots)
+        super().__init__(decoder, context, cache_dtype=cache_dtype, slots=slots, layers=layers)
         device = decoder.device
         self._slots = torch.arange(slots, device=device)
         self._token = torch.zeros(1, dtype=torch.int64, device=device)

@@ -141,6 +141,8 @@ class _OnCuda:
         """What ``prompts.why_not`` will say of the bound decoder."""
         from lbq.runtime.kernels.prompt import why_not
 
+        if not self._device.fused:
+            return "the kernel for them is not the default yet"
         for i in range(len(self._spec.layers)):
             width = max(unit[0].in_features for unit in self._spec.layer_units(i))
             trouble = why_not(_heads(self._spec.layer(i).mixer), width)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lbq.formats.errors import DataError
-from lbq.runtime.decoder import Decoder
+from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
@@ -36,9 +36,10 @@ class FusedEngine(DecoderEngine):
         cache_dtype: torch.dtype = torch.float16,
         plan: Plan | None = None,
         graphs: bool = True,
+        layers: Layers | None = None,
     ) -> None:
         """``graphs=False`` launches the same step kernel by kernel, on any device."""
-        super().__init__(decoder, context, cache_dtype=cache_dtype, slots=context)
+        super().__init__(decoder, context, cache_dtype=cache_dtype, slots=context, layers=layers)
         plan = plan or default_plan(decoder.device)
         self._step = FusedStep(decoder, context, plan)
         self._pdl = plan.pdl

@@ -69,7 +69,8 @@ def test_how_prompts_attend(make_tiny):
         (288, "layer 0: heads of 288: they must be of at most 256"),
     ):
         tiny = make_tiny("llama3-rope", head_dim=dim, num_attention_heads=2, num_key_value_heads=1)
-        assert said in explained(tiny.weights, CudaDevice(exact=False)).attention
+        assert said in explained(tiny.weights, FUSED).attention
+    assert "not the default yet" in explained(tiny.weights, CudaDevice(exact=False)).attention
     assert "prompts" not in explained(tiny.weights, CudaDevice(exact=True)).attention
 
 

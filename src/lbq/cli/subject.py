@@ -30,7 +30,9 @@ kv_cache_option = click.option(
 )
 
 fused_option = click.option(
-    "--fused/--no-fused", default=None, help="On a GPU: decode by the fused step, or not.  [as lbq run does]"
+    "--fused/--no-fused",
+    default=None,
+    help="On a GPU: by the fused step and the prompts' kernels, or not.  [as lbq run]",
 )
 
 
