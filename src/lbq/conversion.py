@@ -259,7 +259,7 @@ def convert(
     on_fetch: OnFetch | None = None,
     on_measured: OnProgress | None = None,
 ) -> Conversion:
-    """Quantize ``model``, a folder or a Hub id, into the folder ``out`` (default: ``./NAME-int4-g256``).
+    """Quantize ``model``, a folder or a Hub id, into the folder ``out`` (default: ``./NAME-int4-g128``).
 
     The arguments are those of ``lbq convert``. ``bits`` is 4 by default; ``group`` None is one scale a row at 8 bits
     and 128 below; ``overrides`` are ``PATTERN=BITS``. ``target_bpw`` instead of ``bits`` chooses those of each unit, by

@@ -39,7 +39,7 @@ SENSITIVITY_HELP = "Do not measure layers again: take them from this artifact's 
 @click.option("--sensitivity", type=click.Path(path_type=Path), metavar="ARTIFACT", help=SENSITIVITY_HELP)
 @readers_option
 @method_options()
-@click.option("--out", type=click.Path(path_type=Path), help="The artifact's folder.  [./NAME-int4-g256]")
+@click.option("--out", type=click.Path(path_type=Path), help="The artifact's folder.  [./NAME-int4-g128]")
 @click.option("--report", type=click.Choice(["weights", "kl", "full"]), help=REPORT_HELP)
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text for --report kl and full.  [English prose]")
 @click.option("--report-tokens", type=int, help="The most tokens of that text.  [4096]")

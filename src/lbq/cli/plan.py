@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @quantization_options()
 @readers_option
 @method_options()
-@click.option("--out", type=click.Path(path_type=Path), help="Where the artifact would be.  [./NAME-int4-g256]")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the artifact would be.  [./NAME-int4-g128]")
 @click.option("--context", type=int, help="Tokens of the longest text to be run.  [8192, or the model's]")
 @click.option(
     "--device",
