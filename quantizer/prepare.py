@@ -131,18 +131,15 @@ def placed(
     """The same with its weights where the conversion wants them: here, or on the Hub still, from where they are then
     streamed shard by shard. The latter with ``stream``, or by itself where the Hub's cache has no room for them.
 
-    ``rereads`` names what reads the source more than once, and so cannot be streamed. Raises UsageError for what does
-    not go together, StorageError for a cache without room, and what fetching raises.
+    ``rereads`` names what reads the source more than once, so that it cannot be streamed: not with ``stream`` then.
+    Raises UsageError for what does not go together, StorageError for a cache without room, and what fetching raises.
     """
+    assert not (stream and rereads)
     remote = prepared.source.remote
-    if prepared.request.tuning is not None:
-        rereads = "--method autoround"
-    elif restart and remote is None:
+    if restart and remote is None and prepared.request.tuning is None:
         raise UsageError("--restart has no effect: round to nearest keeps no work of a source that is here")
     if stream and remote is None:
         raise UsageError("--stream has no effect on a folder; give a Hub id")
-    if stream and rereads:
-        raise UsageError(f"--stream reads the source once, {rereads} more than once; leave one of them out")
     if remote is None:
         return prepared
     need = prepared.remote_bytes + (

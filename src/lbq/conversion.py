@@ -45,6 +45,15 @@ class Order:
         if self.sensitivity is not None and kind != "full":
             raise UsageError("--sensitivity is for --target-bpw and --report full")
 
+    @property
+    def rereads(self) -> str | None:
+        """What of it reads the source more than once, as its option; a source cannot be streamed then."""
+        if self.request.tuning is not None:
+            return "--method autoround"
+        if self.target_bpw is not None:
+            return "--target-bpw"
+        return None if self.report.kind == "weights" else f"--report {self.report.kind}"
+
 
 def make_order(
     *,
@@ -183,6 +192,8 @@ def decide(
 
     Raises what is wrong with any of them, and with the model; weights are fetched when all else has been found good.
     """
+    if stream and order.rereads:
+        raise UsageError(f"--stream reads the source once, {order.rereads} more than once; leave one of them out")
     if out is not None and not dry_run:
         check_output(model, out, overwrite=overwrite)
     prepared = prepare(resolve(model, revision, on_note, weights=False), order.request, dry_run=dry_run)
@@ -197,9 +208,7 @@ def decide(
     if measurement is not None and measurement.device.note:
         on_note(measurement.device.note)
     units = _units(prepared, order, measurement)
-    measures = f"--report {order.report.kind}" if order.target_bpw is None else "--target-bpw"
-    rereads = None if measurement is None else measures
-    there = placed(prepared, target, stream=stream, restart=restart, rereads=rereads, on_note=on_note)
+    there = placed(prepared, target, stream=stream, restart=restart, rereads=order.rereads, on_note=on_note)
     for line in _notes(there, order):
         if line not in known:  # weights can say more than headers
             on_note(line)

@@ -417,6 +417,7 @@ def test_what_does_not_go_together(source: Path, out: Path, lbq: Lbq) -> None:
         (NAME, ("--stream", "--report", "kl"), "--stream reads the source once, --report kl more than once"),
         (NAME, ("--stream", "--target-bpw", "5"), "--stream reads the source once, --target-bpw more than once"),
         (NAME, ("--stream", "--method", "autoround", "--iters", "0"), "--method autoround more than once"),
+        (NAME, ("--stream", "--method", "autoround", "--calib", "no/such"), "--method autoround more than once"),
     ):
         done = lbq("convert", model, "--gs", "32", "--out", out, *options)
         assert (done.code, message in done.error) == (2, True), done
