@@ -123,6 +123,10 @@ class PackedWeight:
         scales = self.scales.repeat_interleave(self.group // group, dim=1)
         return PackedWeight(self.words, scales, self.bits, group, self.k)
 
+    def to(self, device: torch.device) -> PackedWeight:
+        """The same on ``device``."""
+        return PackedWeight(self.words.to(device), self.scales.to(device), self.bits, self.group, self.k)
+
     def rows(self, start: int, stop: int) -> PackedWeight:
         """Rows [start, stop), sharing memory."""
         return PackedWeight(self.words[start:stop], self.scales[start:stop], self.bits, self.group, self.k)

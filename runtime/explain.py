@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from lbq.formats.packing import packed_words
-from lbq.formats.spec import Attention, ModelSpec
+from lbq.formats.spec import ModelSpec
 from lbq.runtime.binding import KernelUse, unit_names
 from lbq.runtime.devices import CpuDevice, CudaDevice, Device
 from lbq.runtime.kernels.linear import Matrix
 
 if TYPE_CHECKING:  # without Triton until a GPU's kernels are asked about
     from lbq.runtime.fused.plan import Plan, Role
-    from lbq.runtime.kernels.attention import Heads
     from lbq.runtime.kernels.gemv import ArrangedWeight, Tile
 
 
@@ -106,13 +105,13 @@ class _OnCuda:
 
     def _why_not_fused(self) -> str | None:
         """Why decoding does not run as the fused step: what ``fused.step.why_not`` will say of the bound decoder."""
-        from lbq.runtime.kernels.attention import why_not
+        from lbq.runtime.kernels.attention import Heads, why_not
 
         if not self._device.fused:
             return "the fused step is not the default yet"
         for i in range(len(self._spec.layers)):
             mixer = self._spec.layer(i).mixer
-            trouble = why_not(_heads(mixer))
+            trouble = why_not(Heads.of(mixer))
             if trouble is not None:
                 return f"layer {i}: {trouble}"
         head = unit_names((self._spec.head,))
@@ -139,24 +138,27 @@ class _OnCuda:
 
     def _why_no_prompt_kernel(self) -> str | None:
         """What ``prompts.why_not`` will say of the bound decoder."""
+        from lbq.runtime.kernels.attention import Heads
         from lbq.runtime.kernels.prompt import why_not
 
         if not self._device.fused:
             return "the kernel for them is not the default yet"
         for i in range(len(self._spec.layers)):
             width = max(unit[0].in_features for unit in self._spec.layer_units(i))
-            trouble = why_not(_heads(self._spec.layer(i).mixer), width)
+            trouble = why_not(Heads.of(self._spec.layer(i).mixer), width)
             if trouble is not None:
                 return f"layer {i}: {trouble}"
         return None
 
     def _one_attends(self) -> str:
+        from lbq.runtime.kernels.attention import Heads
+
         kind = str(self._device.cache_dtype).removeprefix("torch.")
         if self._fallback is not None:
             return f"torch's scaled_dot_product_attention; keys and values in {kind}"
         if self._sms is None:
             return f"split over the text, in as many parts as suit the GPU; keys and values in {kind}"
-        heads = [_heads(each.mixer) for each in self._spec.layer_kinds]
+        heads = [Heads.of(each.mixer) for each in self._spec.layer_kinds]
         splits = dict.fromkeys(self._plan().splitting(each, self._sms) for each in heads)
         how = "; ".join(f"up to {s.splits} parts a head, {s.block} tokens at a time on {s.warps} warps" for s in splits)
         shorts = [short for each in heads if (short := self._plan().shortening(each)) is not None]
@@ -228,13 +230,6 @@ def _roles(spec: ModelSpec) -> dict[str, Role]:
     for i in range(len(spec.layers)):
         found |= {unit_names(unit): role for unit, role in zip(spec.layer_units(i), order, strict=True)}
     return found
-
-
-def _heads(mixer: Attention) -> Heads:
-    from lbq.runtime.kernels.attention import Heads
-
-    group = mixer.heads // mixer.kv_heads
-    return Heads(mixer.kv_heads, group, mixer.head_dim, mixer.rope.dims, mixer.scale, mixer.window)
 
 
 def _shape_of(matrix: Matrix) -> ArrangedWeight:

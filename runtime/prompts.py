@@ -36,15 +36,10 @@ def why_not(decoder: Decoder) -> str | None:
             if not isinstance(linear, CudaLinear | DenseCudaLinear) or linear.exact:
                 return f"layer {i} runs by {linear.kernel}"
             width = max(width, linear.k)
-        trouble = prompt.why_not(_heads(mixer), width)
+        trouble = prompt.why_not(Heads.of(mixer.spec), width)
         if trouble is not None:
             return f"layer {i}: {trouble}"
     return None
-
-
-def _heads(mixer: AttentionMixer) -> Heads:
-    spec = mixer.spec
-    return Heads(spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim, spec.rope.dims, spec.scale, spec.window)
 
 
 class PromptLayers:
@@ -96,7 +91,7 @@ def _layer(
     mixer, tokens = layer.mixer, x.shape[0]
     assert isinstance(mixer, AttentionMixer)
     cache.reserve(start + tokens)
-    shape, held = _heads(mixer), Cache(cache.kv, cache.scales)
+    shape, held = Heads.of(mixer.spec), Cache(cache.kv, cache.scales)
     normed = prompt.add_norm(x, y, _norm(layer.mixer_norm))
     q = prompt.heads(_product(normed, mixer.qkv), shape, _norm(mixer.q_norm), _norm(mixer.k_norm), angles, start, held)
     if last and tokens > 1:

@@ -109,8 +109,7 @@ class PlainKernels:
     device: torch.device
 
     def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
-        words, scales = weight.words.to(self.device), weight.scales.to(self.device)
-        return MappedLinear(PackedWeight(words, scales, weight.bits, weight.group, weight.k), self._bias(bias), None)
+        return MappedLinear(weight.to(self.device), self._bias(bias), None)
 
     def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         return _PlainDense(weight.to(self.device), self._bias(bias))

@@ -84,9 +84,7 @@ class DeviceKernels:
     def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
         from lbq.runtime.kernels.cuda import CudaLinear
 
-        words, scales = weight.words.to(self.device), weight.scales.to(self.device)
-        there = PackedWeight(words, scales, weight.bits, weight.group, weight.k)
-        return CudaLinear(there, bias, exact=self.exact)
+        return CudaLinear(weight.to(self.device), bias, exact=self.exact)
 
     def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         from lbq.runtime.kernels.cuda import DenseCudaLinear

@@ -33,7 +33,7 @@ def why_not(decoder: Decoder) -> str | None:
         mixer = layer.mixer
         if not isinstance(mixer, AttentionMixer):
             return f"layer {i} mixes tokens by {type(mixer).__name__}"
-        trouble = attention.why_not(_heads(mixer))
+        trouble = attention.why_not(Heads.of(mixer.spec))
         if trouble is not None:
             return f"layer {i}: {trouble}"
         units = {"q/k/v": mixer.qkv, "output": mixer.out, "gate/up": layer.mlp.gate_up, "down": layer.mlp.down}
@@ -44,11 +44,6 @@ def why_not(decoder: Decoder) -> str | None:
     if not isinstance(head, CudaLinear | DenseCudaLinear) or head.exact:
         return f"the head runs by {head.kernel}"
     return None
-
-
-def _heads(mixer: AttentionMixer) -> Heads:
-    spec = mixer.spec
-    return Heads(spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim, spec.rope.dims, spec.scale, spec.window)
 
 
 @dataclass(frozen=True)
@@ -235,7 +230,7 @@ class FusedStep:
 
     def _layer(self, layer: DecoderLayer, entry: Normed, following: Normed) -> StepLayer:
         mixer, buffers = _mixer(layer), self._buffers
-        heads = _heads(mixer)
+        heads = Heads.of(mixer.spec)
         out, gate_up, down = mixer.out, layer.mlp.gate_up, layer.mlp.down
         assert isinstance(out, CudaLinear)
         assert isinstance(down, CudaLinear)

@@ -5,13 +5,14 @@ Under the interpreter both run the same Triton kernels' arithmetic on a CPU, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from lbq.formats.errors import DataError
-from lbq.formats.packing import PackedWeight
+from lbq.runtime.bench.weights import DeviceKernels
 from lbq.runtime.binding import bind
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.devices import CudaDevice
@@ -22,16 +23,15 @@ from lbq.runtime.fused.engine import FusedEngine
 from lbq.runtime.fused.plan import Plan, Projecting
 from lbq.runtime.fused.step import why_not
 from lbq.runtime.kernels.attention import Short, Split
-from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
 from lbq.runtime.kernels.gemv import Tile
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
-from lbq.runtime.kernels.linear import Linear
 from lbq.runtime.text.generation import GenerationOptions, Streams, generate_tokens
 from lbq.runtime.text.sampling import SamplingOptions
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+Kernels = partial(DeviceKernels, DEVICE)
 CONTEXT, PROMPT = 40, 21
 IDS = [int(i) for i in torch.randint(0, 97, (CONTEXT,), generator=torch.Generator().manual_seed(4))]
 SPLIT = Split(splits=3, block=16, least=16)
@@ -50,21 +50,6 @@ PLANS = {
     "whole": Plan(WHOLE, WHOLE, WHOLE, WHOLE, WHOLE, SPLIT),
     "apart": Plan(WHOLE, APART, APART, APART, WHOLE, SPLIT),
 }
-
-
-@dataclass
-class Kernels:
-    """A CUDA device's kernels, under the interpreter as well."""
-
-    exact: bool = False
-    device: torch.device = field(default_factory=lambda: DEVICE)
-
-    def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
-        there = PackedWeight(weight.words.to(DEVICE), weight.scales.to(DEVICE), weight.bits, weight.group, weight.k)
-        return CudaLinear(there, bias, exact=self.exact)
-
-    def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return DenseCudaLinear(weight.to(DEVICE), bias, exact=self.exact)
 
 
 def fused(decoder: Decoder, plan: str = "whole", context: int = CONTEXT) -> FusedEngine:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
 
-from lbq.formats.packing import PackedWeight
 from lbq.runtime import prompts
+from lbq.runtime.bench.weights import DeviceKernels
 from lbq.runtime.binding import bind
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.devices import CudaDevice
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.kernels import prompt
-from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
-from lbq.runtime.kernels.linear import Linear
 from lbq.runtime.prompts import PromptLayers, why_not
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+Kernels = partial(DeviceKernels, DEVICE)
 IDS = torch.randint(0, 97, (11 if INTERPRETED else 40,), generator=torch.Generator().manual_seed(8))
 # Few programs: the interpreter takes a fiftieth of a second a program.
 SMALL = {
@@ -32,21 +31,6 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-
-
-@dataclass
-class Kernels:
-    """A CUDA device's kernels, under the interpreter as well."""
-
-    exact: bool = False
-    device: torch.device = field(default_factory=lambda: DEVICE)
-
-    def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
-        there = PackedWeight(weight.words.to(DEVICE), weight.scales.to(DEVICE), weight.bits, weight.group, weight.k)
-        return CudaLinear(there, bias, exact=self.exact)
-
-    def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return DenseCudaLinear(weight.to(DEVICE), bias, exact=self.exact)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from triton import next_power_of_2
 
+from lbq.formats.spec import Attention
 from lbq.runtime.kernels.attention import short as short_kernel
 from lbq.runtime.kernels.attention import triton as kernels
 from lbq.runtime.kernels.planes import Activations, launch_options, plane_layout
@@ -36,6 +37,11 @@ class Heads:
     rope_dims: int  # the first of ``dim`` that rope turns
     scale: float
     window: int | None = None  # tokens that a token sees, itself included
+
+    @classmethod
+    def of(cls, spec: Attention) -> Heads:
+        """Those of a model's attention."""
+        return cls(spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim, spec.rope.dims, spec.scale, spec.window)
 
     @property
     def width(self) -> int:
@@ -163,7 +169,6 @@ def attend(
     assert scratch.parts.shape == (heads.kv_heads, split.splits, heads.group, heads.dim)
     eight = cache.scales is not None
     assert cache.kv.dtype == torch.int8 if eight else cache.kv.dtype in (torch.float16, torch.bfloat16)
-    columns, width, fold = plane_layout(to.planes)
     kernels.attend[(split.splits * heads.kv_heads,)](
         qkv,
         qkv if q_norm is None else q_norm.weight,
@@ -180,26 +185,14 @@ def attend(
         to.planes.q,
         to.planes.scales,
         slots,
-        KV_HEADS=heads.kv_heads,
-        G=heads.group,
-        D=heads.dim,
-        DIMS=heads.rope_dims,
-        SCALE=heads.scale,
-        WINDOW=heads.window or 0,
-        Q_EPS=None if q_norm is None else q_norm.eps,
-        K_EPS=None if k_norm is None else k_norm.eps,
         SPLITS=split.splits,
         LEAST=split.least,
         BLOCK=split.block,
         STAGES=split.stages,
         EIGHT=eight,
         TOGETHER=_together(heads, split.warps),
-        C_OUT=columns,
-        XC_OUT=width,
-        FOLD_OUT=fold,
-        PDL=pdl,
         num_warps=split.warps,
-        **launch_options(pdl),
+        **_constants(heads, q_norm, k_norm, to, pdl),
     )
 
 
@@ -226,7 +219,6 @@ def attend_short(
     assert cache.scales is None
     assert cache.kv.dtype in (torch.float16, torch.bfloat16)
     _check(qkv, heads, angles, position, cache, to)
-    columns, width, fold = plane_layout(to.planes)
     short_kernel.attend_short[(heads.kv_heads * heads.group,)](
         qkv,
         qkv if q_norm is None else q_norm.weight,
@@ -238,23 +230,33 @@ def attend_short(
         to.planes.q,
         to.planes.scales,
         cache.kv.shape[2],
-        KV_HEADS=heads.kv_heads,
-        G=heads.group,
-        D=heads.dim,
-        DIMS=heads.rope_dims,
-        SCALE=heads.scale,
-        WINDOW=heads.window or 0,
-        Q_EPS=None if q_norm is None else q_norm.eps,
-        K_EPS=None if k_norm is None else k_norm.eps,
         BLOCK=short.block,
         WARPS=short.warps,
-        C_OUT=columns,
-        XC_OUT=width,
-        FOLD_OUT=fold,
-        PDL=pdl,
         num_warps=short.warps,
-        **launch_options(pdl),
+        **_constants(heads, q_norm, k_norm, to, pdl),
     )
+
+
+def _constants(
+    heads: Heads, q_norm: Norms | None, k_norm: Norms | None, to: Activations, pdl: bool
+) -> dict[str, int | float | None]:
+    """What both kernels are compiled for."""
+    columns, width, fold = plane_layout(to.planes)
+    return {
+        "KV_HEADS": heads.kv_heads,
+        "G": heads.group,
+        "D": heads.dim,
+        "DIMS": heads.rope_dims,
+        "SCALE": heads.scale,
+        "WINDOW": heads.window or 0,
+        "Q_EPS": None if q_norm is None else q_norm.eps,
+        "K_EPS": None if k_norm is None else k_norm.eps,
+        "C_OUT": columns,
+        "XC_OUT": width,
+        "FOLD_OUT": fold,
+        "PDL": pdl,
+        **launch_options(pdl),
+    }
 
 
 def _check(
