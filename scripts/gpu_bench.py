@@ -13,29 +13,20 @@ Tables are Markdown. ``--toy`` runs all of it at a toy size in Triton's interpre
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
-import torch
-import triton
-
 from lbq.runtime.bench.checks import check_kernels, check_step
 from lbq.runtime.bench.compiling import start_pool, wait_for
-from lbq.runtime.bench.context import Bench, Model
+from lbq.runtime.bench.context import Bench, Model, read_models
 from lbq.runtime.bench.details import batches, depths, int8_caches, sampling
 from lbq.runtime.bench.models import time_model, tune_model
 from lbq.runtime.bench.table import table_of, write_table
-from lbq.runtime.bench.timing import Clock
 from lbq.runtime.fused.tables import path_of
-from lbq.runtime.kernels.gemv.triton import INTERPRETED
 
 MODELS = ("llama-3.1-8b:4", "qwen3-1.7b:4", "qwen3-0.6b:4", "llama-3.1-8b:8", "llama-3.1-8b:3")
-
-
 PARTS = ("check", "tune", "time", "depth", "batch", "caches", "sampling")
 
 
@@ -86,27 +77,16 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    if arguments.toy and not INTERPRETED:  # Triton reads it once, at its import
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
-    device = torch.device("cpu") if arguments.toy else torch.device("cuda", torch.cuda.current_device())
-    pdl = not arguments.toy and torch.cuda.get_device_capability() >= (9, 0)
-    budget = 1e9 if arguments.toy else arguments.budget
-    bench = Bench(device, Clock(device), pdl, time.monotonic() + budget, arguments.toy, again=arguments.again)
-    name = "a CPU, in Triton's interpreter" if arguments.toy else torch.cuda.get_device_name()
-    bench.say(f"# Fused decode on {name}: torch {torch.__version__}, Triton {triton.__version__}, PDL {pdl}")
-    names = "tiny:4" if arguments.toy else arguments.models
-    models = [Model(shape, int(bits)) for shape, bits in (one.split(":") for one in names.split(","))]
+    bench = Bench.begin(arguments.budget, toy=arguments.toy, again=arguments.again)
+    bench.say(f"# Fused decode on {bench.place}, PDL {bench.pdl}")
+    models = read_models("tiny:4" if arguments.toy else arguments.models)
     try:
         run_all(bench, models, arguments.only.split(","), arguments.table)
     finally:
         if bench.pool is not None:
             bench.pool.shutdown(cancel_futures=True)
-        bad = sum("**" in line or "FAILED" in line for line in bench.lines)
-        bench.say("\n" + (f"{bad} lines tell of faults." if bad else "No faults."))
-        if arguments.out:
-            with open(arguments.out, "w", encoding="utf-8") as file:
-                file.write("\n".join(bench.lines) + "\n")
-    return 1 if bad else 0
+        code = bench.finish(arguments.out)
+    return code
 
 
 if __name__ == "__main__":

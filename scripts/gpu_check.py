@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import triton
 
 from lbq.formats.packing import PackedWeight, packed_words
+from lbq.runtime.bench.timing import Clock
 from lbq.runtime.kernels import dense, dequant, gemv
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile
 from lbq.runtime.kernels.gemv.reference import gemv as float64_product
@@ -50,49 +50,14 @@ GROUPS = {8: None, 4: 256, 3: 256}  # None: one scale a row
 WIDE = [Tile(rows, 128 * warps, warps) for rows in (1, 2, 4, 8) for warps in (1, 2, 4, 8)]
 NARROW = [Tile(r, c, w) for r in (4, 8, 16, 32) for c, w in ((32, 2), (32, 4), (64, 4), (64, 8), (128, 8))]
 ROTATED_BYTES = 400_000_000  # several times the largest L2
+CLOCK = Clock(torch.device("cuda"))
+median_seconds = partial(CLOCK.seconds, replays=21, least=20)  # so many calls that a graph's own start does not count
 
 
 def random_weight(n: int, k: int, bits: int) -> PackedWeight:
     words = torch.randint(-(2**31), 2**31 - 1, (n, packed_words(k, bits)), dtype=torch.int32, device="cuda")
     group = GROUPS[bits] or k
     return PackedWeight(words, (torch.randn(n, k // group, device="cuda") * 0.02).bfloat16(), bits, group, k)
-
-
-def median_seconds(calls: Sequence[Callable[[], object]], replays: int = 21) -> float:
-    """Median seconds a call over replays of a CUDA graph of all of them."""
-    calls = list(calls) * max(1, 20 // len(calls))  # so that a graph's own start does not count
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 2):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(float(start.elapsed_time(stop)) * 1e-3 / len(calls))
-    return sorted(times[2:])[replays // 2]
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of the best of ten device-to-device copies of 2 GiB."""
-    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(10):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        stop.record()
-        stop.synchronize()
-        best = max(best, 2 * source.nbytes / (start.elapsed_time(stop) * 1e-3))
-    return best
 
 
 def relative_error(y: torch.Tensor, y64: torch.Tensor) -> float:
@@ -124,7 +89,8 @@ class Packed:
         return Packed(weights, planes, y, error)
 
     def seconds(self, tile: Tile | None = None, replays: int = 21) -> float:
-        return median_seconds([partial(gemv.gemv, self.x, w, out=self.y, tile=tile) for w in self.weights], replays)
+        calls = [partial(gemv.gemv, self.x, w, out=self.y, tile=tile) for w in self.weights]
+        return median_seconds(calls, replays=replays)
 
 
 def time_dense(n: int, k: int) -> tuple[float, float]:
@@ -200,7 +166,7 @@ def prompt(n: int, k: int, bits: int, m: int) -> tuple[float, float]:
     x = torch.randn(m, k, device="cuda")
     y = dequant.matmul(x, arranged, norms)
     error = relative_error(y[:, :4096], float64_product(x, weight.rows(0, 4096)))
-    return median_seconds([partial(dequant.matmul, x, arranged, norms)], 5), error
+    return median_seconds([partial(dequant.matmul, x, arranged, norms)], replays=5), error
 
 
 def _compile(job: tuple[int, int, Tile]) -> None:
@@ -253,7 +219,7 @@ def main() -> int:
     if not arguments.no_tests:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
         failed = subprocess.run([*command, "--maxfail=8", f"--confcutdir={TESTS}", *TEST_FILES]).returncode
-    copy = copy_bandwidth()
+    copy = CLOCK.copy_bandwidth()
     print(f"\n{torch.cuda.get_device_name()}: copy {copy / 1e12:.3f} TB/s, torch {torch.__version__}, ", end="")
     print(f"Triton {triton.__version__}, weights rotate over {ROTATED_BYTES / 1e6:.0f} MB", flush=True)
     if not arguments.no_times:

@@ -7,18 +7,11 @@ Tables are Markdown. ``--toy`` runs all of it at a toy size in Triton's interpre
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from functools import partial
 
-import torch
-import triton
-
-from lbq.runtime.bench.context import Bench, Model
+from lbq.runtime.bench.context import Bench, read_models
 from lbq.runtime.bench.prefill import causal, check_prompt, prefill
-from lbq.runtime.bench.timing import Clock
-from lbq.runtime.kernels.gemv.triton import INTERPRETED
 
 
 def parse() -> argparse.Namespace:
@@ -33,29 +26,18 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    if arguments.toy and not INTERPRETED:  # Triton reads it once, at its import
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
-    device = torch.device("cpu") if arguments.toy else torch.device("cuda", torch.cuda.current_device())
-    budget = 1e9 if arguments.toy else arguments.budget
-    bench = Bench(device, Clock(device), False, time.monotonic() + budget, arguments.toy)
-    name = "a CPU, in Triton's interpreter" if arguments.toy else torch.cuda.get_device_name()
-    bench.say(f"# Prompts on {name}: torch {torch.__version__}, Triton {triton.__version__}")
+    bench = Bench.begin(arguments.budget, toy=arguments.toy)
+    bench.say(f"# Prompts on {bench.place}")
     if not arguments.toy:
         bench.copy = bench.clock.copy_bandwidth()
         bench.say(f"\nCopy bandwidth: {bench.copy / 1e12:.3f} TB/s")
     lengths = tuple(map(int, arguments.lengths.split(",")))
-    names = "tiny:4" if arguments.toy else arguments.models
-    models = [Model(shape, int(bits)) for shape, bits in (one.split(":") for one in names.split(","))]
+    models = read_models("tiny:4" if arguments.toy else arguments.models)
     bench.part(f"Against float32, {models[0]}", lambda: check_prompt(bench, models[0]))
     for model in models:
         bench.part(str(model), partial(prefill, bench, model, lengths), least=8)
     bench.part("Causal attention", lambda: causal(bench), least=8)
-    bad = sum("**" in line or "FAILED" in line for line in bench.lines)
-    bench.say("\n" + (f"{bad} lines tell of faults." if bad else "No faults."))
-    if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            file.write("\n".join(bench.lines) + "\n")
-    return 1 if bad else 0
+    return bench.finish(arguments.out)
 
 
 if __name__ == "__main__":

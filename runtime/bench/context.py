@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
+import triton
 
 from lbq.runtime.bench.shapes import SHAPES
 from lbq.runtime.bench.timing import Clock
@@ -21,6 +24,7 @@ from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.tables import device_table
 from lbq.runtime.kernels.attention import Heads, Split
 from lbq.runtime.kernels.gemv import sm_count
+from lbq.runtime.kernels.gemv.triton import INTERPRETED
 
 GROUP, PROMPT, NEW = 256, 128, 256
 
@@ -42,6 +46,11 @@ class Model:
         return bind(RandomWeights(shape.spec(), self.bits, group, device), DeviceKernels(device, exact)).decoder
 
 
+def read_models(names: str) -> list[Model]:
+    """Those of ``shape:bits,…``."""
+    return [Model(shape, int(bits)) for shape, bits in (one.split(":") for one in names.split(","))]
+
+
 @dataclass
 class Bench:
     """What all parts share."""
@@ -57,6 +66,31 @@ class Bench:
     cuts: dict[Heads, tuple[Split, int]] = field(default_factory=dict)  # how a long text is cut, and until when none is
     again: bool = False  # search for what the tables have too
     pool: ProcessPoolExecutor | None = None
+
+    @classmethod
+    def begin(cls, budget: float, *, toy: bool, again: bool = False) -> Bench:
+        """A bench of this GPU for ``budget`` seconds; ``toy``: of a CPU, in Triton's interpreter, in a new process
+        where that is not on yet."""
+        if toy and not INTERPRETED:  # Triton reads it once, at its import
+            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
+        device = torch.device("cpu") if toy else torch.device("cuda", torch.cuda.current_device())
+        pdl = not toy and torch.cuda.get_device_capability() >= (9, 0)
+        return cls(device, Clock(device), pdl, time.monotonic() + (1e9 if toy else budget), toy, again=again)
+
+    def finish(self, out: str | None) -> int:
+        """Say whether there were faults, write all that was said to ``out``, and give the exit code."""
+        bad = sum("**" in line or "FAILED" in line for line in self.lines)
+        self.say("\n" + (f"{bad} lines tell of faults." if bad else "No faults."))
+        if out:
+            with open(out, "w", encoding="utf-8") as file:
+                file.write("\n".join(self.lines) + "\n")
+        return 1 if bad else 0
+
+    @property
+    def place(self) -> str:
+        """On what it runs, for a heading."""
+        name = "a CPU, in Triton's interpreter" if self.toy else torch.cuda.get_device_name()
+        return f"{name}: torch {torch.__version__}, Triton {triton.__version__}"
 
     @property
     def sms(self) -> int:

@@ -1,4 +1,4 @@
-"""The bench of the fused step runs through without a GPU: nothing in it may run for the first time on one."""
+"""The benches for a GPU run through without one: nothing in them may run for the first time on one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,31 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts/gpu_bench.py"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.mark.slow
-def test_at_a_toy_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "parts"),
+    [
+        (
+            "gpu_bench.py",
+            (
+                "Kernels against float64",
+                "The whole step",
+                "tiny INT4",
+                "Depth",
+                "Several tokens",
+                "Choosing a token",
+            ),
+        ),
+        ("gpu_prefill.py", ("Against float32", "tiny INT4", "Causal attention")),
+    ],
+)
+def test_at_a_toy_size(script: str, parts: tuple[str, ...], tmp_path: Path) -> None:
     out = tmp_path / "bench.md"
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), "--toy", "--out", str(out)],
+        [sys.executable, str(SCRIPTS / script), "--toy", "--out", str(out)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -25,13 +42,6 @@ def test_at_a_toy_size(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     text = out.read_text()
     assert text.rstrip().endswith("No faults.")
-    for part in (
-        "Kernels against float64",
-        "The whole step",
-        "tiny INT4",
-        "Depth",
-        "Several tokens",
-        "Choosing a token",
-    ):
+    for part in parts:
         assert f"## {part}" in text
     assert "Left out" not in text
