@@ -92,9 +92,7 @@ class CudaDevice:
     exact: bool
     note: str | None = None
     eight: bool = False  # keys and values as int8
-    # Decode by ``lbq.runtime.fused`` and take prompts by ``lbq.runtime.prompts`` where they can: the default once both
-    # have run on a GPU with real weights.
-    fused: bool = False
+    fused: bool = True  # decode by ``lbq.runtime.fused`` and take prompts by ``lbq.runtime.prompts`` where they can
 
     @property
     def device(self) -> torch.device:

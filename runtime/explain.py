@@ -108,7 +108,7 @@ class _OnCuda:
         from lbq.runtime.kernels.attention import Heads, why_not
 
         if not self._device.fused:
-            return "the fused step is not the default yet"
+            return "it was asked for without the fused step"
         for i in range(len(self._spec.layers)):
             mixer = self._spec.layer(i).mixer
             trouble = why_not(Heads.of(mixer))
@@ -142,7 +142,7 @@ class _OnCuda:
         from lbq.runtime.kernels.prompt import why_not
 
         if not self._device.fused:
-            return "the kernel for them is not the default yet"
+            return "asked for without their kernel"
         for i in range(len(self._spec.layers)):
             width = max(unit[0].in_features for unit in self._spec.layer_units(i))
             trouble = why_not(Heads.of(self._spec.layer(i).mixer), width)

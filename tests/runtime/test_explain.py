@@ -13,7 +13,8 @@ from lbq.runtime.devices import CpuDevice, CudaDevice
 from lbq.runtime.explain import explain
 from lbq.runtime.needs import needs
 
-FUSED = CudaDevice(exact=False, fused=True)
+GPU = CudaDevice(exact=False)
+UNFUSED = CudaDevice(exact=False, fused=False)
 
 
 def entries(weights):
@@ -54,12 +55,12 @@ def test_on_the_cpu(make_tiny):
 
 
 def test_a_gpu_that_is_not_here(make_tiny):
-    found = explained(make_tiny("llama3-rope").weights, FUSED)
+    found = explained(make_tiny("llama3-rope").weights, GPU)
     assert found.device == "a GPU (none is here)"
     assert found.step.startswith("fused")
     assert all("multiprocessors" in each.ways[0].why for each in found.units)
-    plain = explained(make_tiny("llama3-rope").weights, CudaDevice(exact=False))
-    assert "not the default" in plain.step
+    plain = explained(make_tiny("llama3-rope").weights, UNFUSED)
+    assert "without the fused step" in plain.step
     assert [way.tokens for way in plain.units[0].ways] == ["1", "2 – 16", "17 or more"]
 
 
@@ -69,14 +70,14 @@ def test_how_prompts_attend(make_tiny):
         (288, "layer 0: heads of 288: they must be of at most 256"),
     ):
         tiny = make_tiny("llama3-rope", head_dim=dim, num_attention_heads=2, num_key_value_heads=1)
-        assert said in explained(tiny.weights, FUSED).attention
-    assert "not the default yet" in explained(tiny.weights, CudaDevice(exact=False)).attention
+        assert said in explained(tiny.weights, GPU).attention
+    assert "asked for without" in explained(tiny.weights, UNFUSED).attention
     assert "prompts" not in explained(tiny.weights, CudaDevice(exact=True)).attention
 
 
 def test_tiles_of_a_gpu(make_tiny, monkeypatch):
     pretend(monkeypatch, 132)
-    found = explained(make_tiny("llama3-rope", hidden_size=2048).weights, FUSED)
+    found = explained(make_tiny("llama3-rope", hidden_size=2048).weights, GPU)
     assert found.device == "Pretend, 132 multiprocessors"
     assert "PDL" in found.step
     head = next(each for each in found.units if each.use.units == "lm_head")
@@ -86,16 +87,16 @@ def test_tiles_of_a_gpu(make_tiny, monkeypatch):
     assert "tensor cores" in head.ways[1].how
     assert "in one part up to" in found.step + str(found)
     pretend(monkeypatch, 30, (8, 6))
-    assert "PDL" not in explained(make_tiny("llama3-rope", hidden_size=2048).weights, FUSED).step
+    assert "PDL" not in explained(make_tiny("llama3-rope", hidden_size=2048).weights, GPU).step
 
 
 def test_why_a_step_is_not_fused(make_tiny):
     tiny = make_tiny("llama3-rope")
     make_dense(tiny, "model.layers.1.mlp.down_proj")
-    found = explained(tiny.weights, FUSED)
+    found = explained(tiny.weights, GPU)
     assert "down_proj stays in 16 bits" in found.step
     odd = make_tiny("llama3-rope", head_dim=16, num_attention_heads=2, num_key_value_heads=2)
-    assert "no multiple of 32" in explained(odd.weights, FUSED).step
+    assert "no multiple of 32" in explained(odd.weights, GPU).step
 
 
 @pytest.mark.gpu
@@ -113,11 +114,11 @@ def test_what_is_said_is_what_runs(make_tiny, monkeypatch, changed):
     decoder = bind(tiny.weights, DeviceKernels(torch.device("cpu" if INTERPRETED else "cuda"))).decoder
     if INTERPRETED:
         pretend(monkeypatch, 1)
-    found = explained(tiny.weights, FUSED)
+    found = explained(tiny.weights, GPU)
     assert found.step.startswith("fused") == (why_not(decoder) is None)
     if why_not(decoder) is not None:
         return
-    step = FusedStep(decoder, 16, default_plan(FUSED.device))
+    step = FusedStep(decoder, 16, default_plan(GPU.device))
     roles = ("qkv", "out", "gate_up", "down", "head")
     for role, each in zip(roles, found.units, strict=True):
         tile = step.products(role)[0].how.tile

@@ -197,18 +197,18 @@ def test_what_it_does_not_know(make_tiny, reference_kernels):
     assert why_not(decoder) == "layer 1 mixes tokens by object"
 
 
-def test_the_device_takes_it_where_it_is_asked_to_and_can(make_tiny, reference_kernels):
+def test_the_device_takes_it_unless_told_not_to(make_tiny, reference_kernels):
     weights = make_tiny("llama-tied", **SMALL).weights
     decoder = bind(weights, Kernels()).decoder
-    device, unasked = CudaDevice(exact=False, fused=True), CudaDevice(exact=False)
+    device, without = CudaDevice(exact=False), CudaDevice(exact=False, fused=False)
     assert device.step_fallback(decoder) is None
     assert isinstance(device.engine(decoder, CONTEXT), FusedEngine)
-    assert isinstance(unasked.engine(decoder, CONTEXT), CudaEngine)
+    assert isinstance(without.engine(decoder, CONTEXT), CudaEngine)
     other = bind(weights, reference_kernels).decoder
     assert isinstance(device.engine(other, CONTEXT), CudaEngine)
     assert "reference INT4" in str(device.step_fallback(other))
-    assert unasked.step_fallback(other) is None
-    assert CudaDevice(exact=True, fused=True).step_fallback(other) is None
+    assert without.step_fallback(other) is None
+    assert CudaDevice(exact=True).step_fallback(other) is None
 
 
 def test_a_text_that_grows_long(make_tiny, reference_kernels):
