@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -55,16 +55,25 @@ def _ids(bench: Bench, decoder: Decoder, tokens: int) -> torch.Tensor:
     return torch.randint(0, decoder.spec.vocab_size, (tokens,), device=bench.device, generator=random)
 
 
-def prefill(bench: Bench, model: Model, lengths: tuple[int, ...] = (512, 2048, 8192)) -> None:
-    """Whole prompts: the share is FLOPs of linear layers ÷ time ÷ torch's BF16 rate at those shapes."""
-    lengths = (100,) if bench.toy else lengths
-    decoder = model.decoder(bench.device)
+@dataclass(frozen=True)
+class Timed:
+    """A whole prompt of ``tokens`` into a cache of dtype ``cache``. FLOP/s: ``rate`` of its linear layers, ``bf16`` of
+    torch's BF16 products of those shapes. ``peak``: bytes beside weights and cache."""
+
+    tokens: int
+    cache: str
+    seconds: float
+    rate: float
+    bf16: float
+    peak: int
+
+
+def time_prompts(bench: Bench, decoder: Decoder, lengths: Sequence[int]) -> Iterator[Timed]:
+    """Prompts as an engine takes them in, launched from Python."""
     layers = PromptLayers(decoder)
-    bench.say("| tokens | cache | ms | tokens/s | linear TFLOP/s | torch BF16 TFLOP/s | share | peak beside weights |")
-    bench.say("|---|---|---|---|---|---|---|---|")
     for tokens in lengths:
         ids = _ids(bench, decoder, tokens)
-        rate = _bf16_rate(bench, decoder, min(tokens, CHUNK))
+        bf16 = _bf16_rate(bench, decoder, min(tokens, CHUNK))
         for dtype in (torch.float16, torch.int8):
             state = decoder.new_state(tokens, dtype=dtype, fixed=True)
             held = _peak(bench, reset=True)
@@ -74,13 +83,23 @@ def prefill(bench: Bench, model: Model, lengths: tuple[int, ...] = (512, 2048, 8
                 decoder.forward(ids, state, layers=layers)
 
             seconds = spent(bench.device, run, 1 if bench.toy else 5 if tokens <= 2048 else 3)
-            flops = _linear_flops(decoder, tokens)
-            bench.say(
-                f"| {tokens} | {str(dtype).removeprefix('torch.')} | {seconds * 1e3:.2f} | {tokens / seconds:.0f} "
-                f"| {flops / seconds / 1e12:.0f} | {rate / 1e12:.0f} | {flops / seconds / rate:.0%} "
-                + f"| {(_peak(bench) - held) / 1e6:.0f} MB |"
-            )
+            rate = _linear_flops(decoder, tokens) / seconds
+            cache = str(dtype).removeprefix("torch.")
+            yield Timed(tokens, cache, seconds, rate, bf16, _peak(bench) - held)
             del state
+
+
+def prefill(bench: Bench, model: Model, lengths: tuple[int, ...] = (512, 2048, 8192)) -> None:
+    """Whole prompts: the share is FLOPs of linear layers ÷ time ÷ torch's BF16 rate at those shapes."""
+    lengths = (100,) if bench.toy else lengths
+    decoder = model.decoder(bench.device)
+    bench.say("| tokens | cache | ms | tokens/s | linear TFLOP/s | torch BF16 TFLOP/s | share | peak beside weights |")
+    bench.say("|---|---|---|---|---|---|---|---|")
+    for one in time_prompts(bench, decoder, lengths):
+        bench.say(
+            f"| {one.tokens} | {one.cache} | {one.seconds * 1e3:.2f} | {one.tokens / one.seconds:.0f} "
+            f"| {one.rate / 1e12:.0f} | {one.bf16 / 1e12:.0f} | {one.rate / one.bf16:.0%} | {one.peak / 1e6:.0f} MB |"
+        )
     bench.say()
     for tokens in lengths[:2]:
         _parts(bench, decoder, tokens)
