@@ -82,7 +82,7 @@ class FusedEngine(DecoderEngine):
         self._chain.start(0, start - 1)
         choose(logits, self._chain, choice)  # the token at ``start``
         most = min(most, self.context - start)
-        tokens = _Tail(self._chain.history, device)
+        tokens = _Tail(self._chain.history[0], device)
         tokens.ask(start)
         launched = 0
         for i in range(most):

@@ -1,4 +1,4 @@
-"""One token's attention in one launch: from raw q, k and v to what the output projection reads."""
+"""One token's attention in one launch, of one text or several: from raw q, k, v to what the output projection reads."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ __all__ = [
     "serves_short",
     "split_for",
     "why_not",
+    "writes_planes",
 ]
 
 
@@ -97,7 +98,10 @@ class Norms:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values [2, kv_heads, slots, dim] in 16 bits; or as int8, ``scales`` float32 [2, kv_heads, slots]."""
+    """Keys and values [2, kv_heads, slots, dim] in 16 bits; or as int8, ``scales`` float32 [2, kv_heads, slots].
+
+    Of several texts there is one more axis before these.
+    """
 
     kv: torch.Tensor
     scales: torch.Tensor | None = None
@@ -107,19 +111,19 @@ class Cache:
 class Scratch:
     """What programs of one launch leave to each other; layers of one shape take turns with it."""
 
-    parts: torch.Tensor  # float32 [kv_heads, splits, group, dim]
-    peaks: torch.Tensor  # float32 [kv_heads, splits, group]
+    parts: torch.Tensor  # float32 [texts, kv_heads, splits, group, dim]
+    peaks: torch.Tensor  # float32 [texts, kv_heads, splits, group]
     sums: torch.Tensor
-    counters: torch.Tensor  # int32 [kv_heads], zero between launches
+    counters: torch.Tensor  # int32 [texts, kv_heads], zero between launches
 
     @staticmethod
-    def empty(heads: Heads, split: Split, device: torch.device) -> Scratch:
-        rows = (heads.kv_heads, split.splits, heads.group)
+    def empty(heads: Heads, split: Split, device: torch.device, texts: int = 1) -> Scratch:
+        rows = (texts, heads.kv_heads, split.splits, heads.group)
         return Scratch(
             torch.empty((*rows, heads.dim), dtype=torch.float32, device=device),
             torch.empty(rows, dtype=torch.float32, device=device),
             torch.empty(rows, dtype=torch.float32, device=device),
-            torch.zeros(heads.kv_heads, dtype=torch.int32, device=device),
+            torch.zeros((texts, heads.kv_heads), dtype=torch.int32, device=device),
         )
 
 
@@ -137,6 +141,11 @@ def serves_short(heads: Heads) -> bool:
     return heads.dim % 32 == 0 and heads.dim <= 256
 
 
+def writes_planes(heads: Heads, block: int) -> bool:
+    """Whether the heads that share a key's are whole blocks of so many elements, as ``attend`` writes planes."""
+    return heads.group * heads.dim % block == 0
+
+
 def _together(heads: Heads, warps: int) -> int:
     """Parts that a merge adds in one step: what leaves a thread's registers room."""
     return int(max(1, min(8, next_power_of_2(512 * warps // (heads.group * heads.dim) + 1) // 2)))
@@ -152,24 +161,27 @@ def attend(
     cache: Cache,
     scratch: Scratch,
     split: Split,
-    to: Activations,
+    to: Activations | torch.Tensor,
     *,
     pdl: bool = False,
 ) -> None:
     """softmax(scale · q · kᵀ) · v of the token at ``position``, whose k and v go into the cache, as planes into ``to``.
 
-    ``qkv`` float32 [width] as the projection made it: q and k are normed (or not) and turned here; ``angles``: cosines
-    and sines float32 [≥ slots, rope_dims / 2]; ``position`` int64 [1], below the cache's slots. Products are of the
+    ``qkv`` float32 [texts, width] as the projection made it: q and k are normed (or not) and turned here; ``angles``:
+    cosines and sines float32 [≥ slots, rope_dims / 2]; ``position`` int64 [texts], below the cache's slots. ``to`` may
+    be float32 [texts, heads · dim] too, and has to be where ``writes_planes`` says no. Products are of the
     cache's 16-bit type (float16 for an int8 cache) and summed in float32, like the softmax. Results repeat to the bit.
     """
     cos, sin = angles
-    slots = cache.kv.shape[2]
+    slots = cache.kv.shape[-2]
     assert why_not(heads) is None
+    assert isinstance(to, torch.Tensor) or writes_planes(heads, to.planes.block)
     _check(qkv, heads, angles, position, cache, to)
-    assert scratch.parts.shape == (heads.kv_heads, split.splits, heads.group, heads.dim)
+    texts = position.numel()
+    assert scratch.parts.shape == (texts, heads.kv_heads, split.splits, heads.group, heads.dim)
     eight = cache.scales is not None
     assert cache.kv.dtype == torch.int8 if eight else cache.kv.dtype in (torch.float16, torch.bfloat16)
-    kernels.attend[(split.splits * heads.kv_heads,)](
+    kernels.attend[(split.splits * heads.kv_heads, texts)](
         qkv,
         qkv if q_norm is None else q_norm.weight,
         qkv if k_norm is None else k_norm.weight,
@@ -182,8 +194,7 @@ def attend(
         scratch.peaks,
         scratch.sums,
         scratch.counters,
-        to.planes.q,
-        to.planes.scales,
+        *_outputs(to),
         slots,
         SPLITS=split.splits,
         LEAST=split.least,
@@ -205,7 +216,7 @@ def attend_short(
     position: torch.Tensor,
     cache: Cache,
     short: Short,
-    to: Activations,
+    to: Activations | torch.Tensor,
     *,
     pdl: bool = False,
 ) -> None:
@@ -214,12 +225,14 @@ def attend_short(
     ``serves_short(heads)`` must hold. Products are of float32.
     """
     cos, sin = angles
+    slots = cache.kv.shape[-2]
     assert serves_short(heads)
+    assert isinstance(to, torch.Tensor) or heads.dim % to.planes.block == 0
     assert short.fits(heads)
     assert cache.scales is None
     assert cache.kv.dtype in (torch.float16, torch.bfloat16)
     _check(qkv, heads, angles, position, cache, to)
-    short_kernel.attend_short[(heads.kv_heads * heads.group,)](
+    short_kernel.attend_short[(heads.kv_heads * heads.group, position.numel())](
         qkv,
         qkv if q_norm is None else q_norm.weight,
         qkv if k_norm is None else k_norm.weight,
@@ -227,9 +240,8 @@ def attend_short(
         sin,
         position,
         cache.kv,
-        to.planes.q,
-        to.planes.scales,
-        cache.kv.shape[2],
+        *_outputs(to),
+        slots,
         BLOCK=short.block,
         WARPS=short.warps,
         num_warps=short.warps,
@@ -238,10 +250,10 @@ def attend_short(
 
 
 def _constants(
-    heads: Heads, q_norm: Norms | None, k_norm: Norms | None, to: Activations, pdl: bool
+    heads: Heads, q_norm: Norms | None, k_norm: Norms | None, to: Activations | torch.Tensor, pdl: bool
 ) -> dict[str, int | float | None]:
     """What both kernels are compiled for."""
-    columns, width, fold = plane_layout(to.planes)
+    columns, width, fold = (0, 0, 1.0) if isinstance(to, torch.Tensor) else plane_layout(to.planes)
     return {
         "KV_HEADS": heads.kv_heads,
         "G": heads.group,
@@ -254,9 +266,14 @@ def _constants(
         "C_OUT": columns,
         "XC_OUT": width,
         "FOLD_OUT": fold,
+        "SIZE_OUT": 32 if isinstance(to, torch.Tensor) else to.planes.block,
         "PDL": pdl,
         **launch_options(pdl),
     }
+
+
+def _outputs(to: Activations | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (to, to) if isinstance(to, torch.Tensor) else (to.planes.q, to.planes.scales)
 
 
 def _check(
@@ -265,15 +282,22 @@ def _check(
     angles: tuple[torch.Tensor, torch.Tensor],
     position: torch.Tensor,
     cache: Cache,
-    to: Activations,
+    to: Activations | torch.Tensor,
 ) -> None:
     cos, sin = angles
-    slots = cache.kv.shape[2]
-    assert qkv.shape == (heads.width,)
+    slots, texts = cache.kv.shape[-2], position.numel()
+    assert qkv.shape[-1] == heads.width
+    assert qkv.numel() == texts * heads.width
     assert qkv.dtype == torch.float32
-    assert cache.kv.shape == (2, heads.kv_heads, slots, heads.dim)
+    assert cache.kv.shape[-4:] == (2, heads.kv_heads, slots, heads.dim)
+    assert cache.kv.numel() == texts * 2 * heads.kv_heads * slots * heads.dim
     assert cache.kv.is_contiguous()
     assert cos.shape == sin.shape == (cos.shape[0], heads.rope_dims // 2)
     assert cos.shape[0] >= slots
     assert position.dtype == torch.int64
-    assert to.planes.k == heads.kv_heads * heads.group * heads.dim
+    n = heads.kv_heads * heads.group * heads.dim
+    if isinstance(to, torch.Tensor):
+        assert to.shape == (texts, n)
+        assert to.dtype == torch.float32
+    else:
+        assert (to.tokens, to.planes.k) == (texts, n)

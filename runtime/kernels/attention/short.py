@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lbq.runtime.kernels.attention.triton import angles, head, norm_weights
+from lbq.runtime.kernels.attention.triton import angles, head, norm_weights, out_of_text
 from lbq.runtime.kernels.gemv.triton import store_planes
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -59,6 +59,7 @@ def attend_short(
     C_OUT: tl.constexpr,
     XC_OUT: tl.constexpr,
     FOLD_OUT: tl.constexpr,
+    SIZE_OUT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """What ``attend`` does, of a 16-bit cache and heads of whole blocks of 32; a launch is of KV_HEADS · G programs."""
@@ -68,7 +69,10 @@ def attend_short(
     DP: tl.constexpr = triton.next_power_of_2(D)
     query = tl.program_id(0)
     h = query // G
-    position = tl.load(position_ptr).to(tl.int32)
+    text = tl.program_id(1)
+    qkv_ptr += text * ((G + 2) * KV_HEADS * D)
+    kv_ptr += text.to(tl.int64) * (2 * KV_HEADS * D) * SLOTS
+    position = tl.load(position_ptr + text).to(tl.int32)
     begin = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
     k_at = kv_ptr + h.to(tl.int64) * SLOTS * D
     v_at = kv_ptr + (KV_HEADS + h).to(tl.int64) * SLOTS * D
@@ -110,16 +114,22 @@ def attend_short(
         peak = higher
     weight = tl.exp2(peak - tl.max(peak))
     out = tl.sum(tl.sum(acc * weight[:, :, None], axis=1), axis=0) / tl.sum(total * weight)
-    BLOCKS: tl.constexpr = D // 32
-    b = tl.arange(0, DP // 32)
-    store_planes(
-        out.reshape(DP // 32, 32),
-        tl.where(b < BLOCKS, query * BLOCKS + b, KV_HEADS * G * BLOCKS),
-        q_out_ptr,
-        s_out_ptr,
-        KV_HEADS * G * BLOCKS,
-        XC_OUT,
-        C_OUT,
-        FOLD_OUT,
-        DP // 32,
-    )
+    q_at, s_at = out_of_text(text, q_out_ptr, s_out_ptr, KV_HEADS * G * D, C_OUT, XC_OUT, SIZE_OUT)
+    if C_OUT > 0:
+        BLOCKS: tl.constexpr = D // SIZE_OUT
+        b = tl.arange(0, DP // SIZE_OUT)
+        store_planes(
+            out.reshape(DP // SIZE_OUT, SIZE_OUT),
+            tl.where(b < BLOCKS, query * BLOCKS + b, KV_HEADS * G * BLOCKS),
+            q_at,
+            s_at,
+            KV_HEADS * G * BLOCKS,
+            XC_OUT,
+            C_OUT,
+            FOLD_OUT,
+            DP // SIZE_OUT,
+            SIZE_OUT,
+        )
+    else:
+        e = tl.arange(0, DP)
+        tl.store(s_at + query * D + e, out, mask=e < D)

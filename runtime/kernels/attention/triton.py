@@ -4,7 +4,8 @@
 
 After Flash-Decoding (Dao et al. 2023): the cache is cut along the tokens, programs work on the parts with a running
 softmax, and what they found is merged; here by the last of a head's programs to arrive, in the order of the parts, so
-that results repeat to the bit. Heads that share keys are the rows of one tile.
+that results repeat to the bit. Heads that share keys are the rows of one tile. A launch is for one text or several, of
+any lengths: the second number of a program is its text.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def attend(
     C_OUT: tl.constexpr,
     XC_OUT: tl.constexpr,
     FOLD_OUT: tl.constexpr,
+    SIZE_OUT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The attention of the token at ``position``, from its raw q, k and v to the planes of the output projection.
@@ -103,8 +105,9 @@ def attend(
     float32 [≥ position + 1, DIMS/2]; the cache kv [2, KV_HEADS, SLOTS, D], a 16-bit float type, or int8 with kv_scale
     float32 [2, KV_HEADS, SLOTS] if EIGHT; slot ``position`` is written. WINDOW: tokens that are seen, or 0.
     Scratch: part float32 [KV_HEADS, SPLITS, G, D], peak and sum [KV_HEADS, SPLITS, G], arrivals int32 [KV_HEADS], zero
-    and left so. The launch is of SPLITS × KV_HEADS programs whatever the position; parts have at least LEAST tokens, so
-    that a short text leaves some programs nothing to do.
+    and left so. All of these have a row for each text. Where C_OUT is 0, s_out takes the result, float32
+    [KV_HEADS·G·D], in place of planes. The launch is of SPLITS × KV_HEADS programs a text whatever the position; parts
+    have at least LEAST tokens, so that a short text leaves some programs nothing to do.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -113,7 +116,14 @@ def attend(
     DP: tl.constexpr = triton.next_power_of_2(D)
     h = tl.program_id(0) % KV_HEADS
     split = tl.program_id(0) // KV_HEADS
-    position = tl.load(position_ptr).to(tl.int32)
+    text = tl.program_id(1)
+    qkv_ptr += text * ((G + 2) * KV_HEADS * D)
+    kv_ptr += text.to(tl.int64) * (2 * KV_HEADS * D) * SLOTS
+    kv_scale_ptr += text.to(tl.int64) * (2 * KV_HEADS) * SLOTS
+    part_ptr += text * (KV_HEADS * SPLITS * G * D)
+    peak_ptr += text * (KV_HEADS * SPLITS * G)
+    sum_ptr += text * (KV_HEADS * SPLITS * G)
+    position = tl.load(position_ptr + text).to(tl.int32)
     begin = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
     size = (position + SPLITS * BLOCK - begin) // (SPLITS * BLOCK) * BLOCK  # tokens of a part, in whole blocks
     size = tl.maximum(size, LEAST)
@@ -196,13 +206,14 @@ def attend(
     row = tl.arange(0, GP)
     tl.store(peak_ptr + at + row, peak, mask=row < G)
     tl.store(sum_ptr + at + row, tl.sum(weights, axis=1), mask=row < G)
-    if arrived(arrivals_ptr, h, parts):
+    if arrived(arrivals_ptr, text * KV_HEADS + h, parts):
+        q_at, s_at = out_of_text(text, q_out_ptr, s_out_ptr, KV_HEADS * G * D, C_OUT, XC_OUT, SIZE_OUT)
         _merge(
             part_ptr,
             peak_ptr,
             sum_ptr,
-            q_out_ptr,
-            s_out_ptr,
+            q_at,
+            s_at,
             h,
             parts,
             KV_HEADS,
@@ -213,7 +224,14 @@ def attend(
             C_OUT,
             XC_OUT,
             FOLD_OUT,
+            SIZE_OUT,
         )
+
+
+@triton.jit
+def out_of_text(text, q_ptr, s_ptr, N: tl.constexpr, C: tl.constexpr, XC: tl.constexpr, SIZE: tl.constexpr):
+    """Where the planes of ``text`` and their scales begin, of vectors [N]; where C is 0, the vectors at ``s_ptr``."""
+    return q_ptr + text * (2 * (C // 4) * XC), s_ptr + text * (N // SIZE if C > 0 else N)
 
 
 @triton.jit
@@ -240,16 +258,17 @@ def _merge(
     C: tl.constexpr,
     XC: tl.constexpr,
     FOLD: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
-    """The parts of the heads that share keys ``h``, TOGETHER of them a step, into planes of whole blocks of 32."""
-    BLOCKS: tl.constexpr = G * D // 32
+    """The parts of the heads that share keys ``h``, TOGETHER of them a step, into planes of whole blocks of SIZE."""
+    BLOCKS: tl.constexpr = G * D // SIZE
     BP: tl.constexpr = triton.next_power_of_2(BLOCKS)
     b = tl.arange(0, BP)
-    e = b[:, None] * 32 + tl.arange(0, 32)[None, :]
+    e = b[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside = e < G * D
     peak = tl.where(inside, _LOWEST, 0.0)
-    total = tl.zeros([BP, 32], dtype=tl.float32)
-    out = tl.zeros([BP, 32], dtype=tl.float32)
+    total = tl.zeros([BP, SIZE], dtype=tl.float32)
+    out = tl.zeros([BP, SIZE], dtype=tl.float32)
     for first in tl.range(0, parts, TOGETHER):
         part = first + tl.arange(0, TOGETHER)[:, None, None]
         there = (part < parts) & inside[None]
@@ -264,14 +283,18 @@ def _merge(
         out = out * shrink + tl.sum(found * weight, axis=0)
         peak = higher
     out = tl.where(inside, out / tl.where(inside, total, 1.0), 0.0)
-    store_planes(
-        out,
-        h * BLOCKS + tl.where(b < BLOCKS, b, KV_HEADS * BLOCKS),
-        q_out_ptr,
-        s_out_ptr,
-        KV_HEADS * BLOCKS,
-        XC,
-        C,
-        FOLD,
-        BP,
-    )
+    if C > 0:
+        store_planes(
+            out,
+            h * BLOCKS + tl.where(b < BLOCKS, b, KV_HEADS * BLOCKS),
+            q_out_ptr,
+            s_out_ptr,
+            KV_HEADS * BLOCKS,
+            XC,
+            C,
+            FOLD,
+            BP,
+            SIZE,
+        )
+    else:
+        tl.store(s_out_ptr + h * (G * D) + e, out, mask=inside)

@@ -28,11 +28,11 @@ def split_planes(words: torch.Tensor, k: int) -> torch.Tensor:
     return torch.where(planes >= 2**31, planes - 2**32, planes).int()
 
 
-def activations(q: torch.Tensor, scales: torch.Tensor, bits: int, k: int) -> torch.Tensor:
-    """What planes q int32 [M, 2, C/4, columns] and scales [M, ⌈K/32⌉] stand for: float64 [M, K]."""
+def activations(q: torch.Tensor, scales: torch.Tensor, bits: int, k: int, block: int = 32) -> torch.Tensor:
+    """What planes q int32 [M, 2, C/4, columns] and scales [M, ⌈K/block⌉] stand for: float64 [M, K]."""
     c = codes_a_column(bits)
     m, _, r, columns = q.shape
     planes = q.view(torch.int8).view(m, 2, r, columns, 4).permute(0, 1, 3, 4, 2)  # element C·column + (C/4)·i + r
     both = planes[:, 0].double() * 254 + planes[:, 1].double()
     both = both.reshape(m, columns * c)[:, :k]
-    return both * scales.double().repeat_interleave(32, dim=1)[:, :k] * 2.0 ** (8 - bits)
+    return both * scales.double().repeat_interleave(block, dim=1)[:, :k] * 2.0 ** (8 - bits)

@@ -1,4 +1,4 @@
-"""One token's activations as int8 planes, written by the kernel that has them: see ``triton`` and ``project``."""
+"""Activations of one token or a few as int8 planes, written by the kernel that has them: see ``triton``."""
 
 from __future__ import annotations
 
@@ -13,32 +13,46 @@ from lbq.runtime.kernels.planes import triton as kernels
 
 __all__ = ["Activations", "Normed", "embed", "launch_options", "norm", "plain", "plane_layout"]
 
-AT_ONCE = 8  # blocks of 32 a program
+AT_ONCE = 256  # elements a program
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What a projection reads of one token: ``planes`` of x, or of a normalised x with its sums of squares."""
+    """What a projection reads of M tokens: ``planes`` of x, or of a normalised x with its sums of squares."""
 
     planes: Planes
-    squares: torch.Tensor | None = None  # float32 [⌈K/32⌉]
+    squares: torch.Tensor | None = None  # float32 [M, ⌈K/block⌉]
     eps: float = 0.0
 
     @staticmethod
-    def empty(k: int, bits: int, device: torch.device, *, eps: float | None = None) -> Activations:
-        """Room for a vector [k] before a projection of ``bits``; for a normalised one where ``eps`` is given."""
-        blocks = cdiv(k, BLOCK)
+    def empty(
+        k: int,
+        bits: int,
+        device: torch.device,
+        *,
+        eps: float | None = None,
+        tokens: int = 1,
+        block: int = BLOCK,
+    ) -> Activations:
+        """Room for vectors [tokens, k] before a projection of ``bits``, a scale for ``block`` elements; for normalised
+        ones where ``eps`` is given."""
+        blocks = cdiv(k, block)
+        shape = (tokens, 2, codes_a_column(bits) // 4, plane_columns(k, bits))
         # Zeros: columns past the last block are read by nobody, but should not be left to chance.
-        q = torch.zeros((1, 2, codes_a_column(bits) // 4, plane_columns(k, bits)), dtype=torch.int32, device=device)
-        planes = Planes(q, torch.empty((1, blocks), dtype=torch.float32, device=device), bits, k)
+        q = torch.zeros(shape, dtype=torch.int32, device=device)
+        planes = Planes(q, torch.empty((tokens, blocks), dtype=torch.float32, device=device), bits, k, block)
         if eps is None:
             return Activations(planes)
-        return Activations(planes, torch.empty(blocks, dtype=torch.float32, device=device), eps)
+        return Activations(planes, torch.empty((tokens, blocks), dtype=torch.float32, device=device), eps)
+
+    @property
+    def tokens(self) -> int:
+        return self.planes.q.shape[0]
 
 
 @dataclass(frozen=True)
 class Normed:
-    """Where a normalised vector goes, and the norm's weights, float32 [K]."""
+    """Where normalised vectors go, and the norm's weights, float32 [K]."""
 
     to: Activations
     weight: torch.Tensor
@@ -60,16 +74,15 @@ def launch_options(pdl: bool) -> dict[str, bool]:
 
 
 def embed(token: torch.Tensor, table: torch.Tensor, x: torch.Tensor, normed: Normed, *, pdl: bool = False) -> None:
-    """Row ``token``, int64 [1], of ``table`` [V, K] into the residual stream ``x`` float32 [K], and its planes.
+    """Rows ``token``, int64 [M], of ``table`` [V, K] into the residual stream ``x`` float32 [M, K], and its planes.
 
     With ``pdl`` the next kernel may start early; this one is the first of a step and waits for nobody.
     """
     assert token.dtype == torch.int64
-    k = table.shape[1]
-    assert x.shape == (k,)
-    columns, width, fold = plane_layout(normed.to.planes)
-    blocks = cdiv(k, BLOCK)
-    kernels.embed[(cdiv(blocks, AT_ONCE),)](
+    k, (columns, width, fold) = table.shape[1], plane_layout(normed.to.planes)
+    _check(x, k, normed.to)
+    assert token.numel() == normed.to.tokens
+    kernels.embed[_grid(normed.to)](
         token,
         table,
         x,
@@ -81,18 +94,18 @@ def embed(token: torch.Tensor, table: torch.Tensor, x: torch.Tensor, normed: Nor
         width,
         C=columns,
         FOLD=fold,
-        BB=AT_ONCE,
+        BB=AT_ONCE // normed.to.planes.block,
+        SIZE=normed.to.planes.block,
         PDL=pdl,
         num_warps=4,
     )
 
 
 def norm(x: torch.Tensor, normed: Normed, *, pdl: bool = False) -> None:
-    """The residual stream ``x`` float32 [K] into planes."""
-    k = normed.to.planes.k
-    assert x.shape == (k,)
-    columns, width, fold = plane_layout(normed.to.planes)
-    kernels.norm[(cdiv(cdiv(k, BLOCK), AT_ONCE),)](
+    """The residual stream ``x`` float32 [M, K] into planes."""
+    k, (columns, width, fold) = normed.to.planes.k, plane_layout(normed.to.planes)
+    _check(x, k, normed.to)
+    kernels.norm[_grid(normed.to)](
         x,
         normed.weight,
         normed.to.planes.q,
@@ -102,7 +115,8 @@ def norm(x: torch.Tensor, normed: Normed, *, pdl: bool = False) -> None:
         width,
         C=columns,
         FOLD=fold,
-        BB=AT_ONCE,
+        BB=AT_ONCE // normed.to.planes.block,
+        SIZE=normed.to.planes.block,
         PDL=pdl,
         num_warps=4,
         **launch_options(pdl),
@@ -110,11 +124,10 @@ def norm(x: torch.Tensor, normed: Normed, *, pdl: bool = False) -> None:
 
 
 def plain(x: torch.Tensor, to: Activations, *, pdl: bool = False) -> None:
-    """``x`` float32 [K] into planes, as it is."""
-    k = to.planes.k
-    assert x.shape == (k,)
-    columns, width, fold = plane_layout(to.planes)
-    kernels.plain[(cdiv(cdiv(k, BLOCK), AT_ONCE),)](
+    """``x`` float32 [M, K] into planes, as it is."""
+    k, (columns, width, fold) = to.planes.k, plane_layout(to.planes)
+    _check(x, k, to)
+    kernels.plain[_grid(to)](
         x,
         to.planes.q,
         to.planes.scales,
@@ -122,8 +135,22 @@ def plain(x: torch.Tensor, to: Activations, *, pdl: bool = False) -> None:
         width,
         C=columns,
         FOLD=fold,
-        BB=AT_ONCE,
+        BB=AT_ONCE // to.planes.block,
+        SIZE=to.planes.block,
         PDL=pdl,
         num_warps=4,
         **launch_options(pdl),
     )
+
+
+def _grid(to: Activations) -> tuple[int, int]:
+    return cdiv(to.planes.k, AT_ONCE), to.tokens
+
+
+def _check(x: torch.Tensor, k: int, to: Activations) -> None:
+    """``x``: [M, K], or [K] of one token."""
+    assert to.planes.k == k
+    assert x.numel() == to.tokens * k
+    assert x.shape[-1] == k
+    assert x.is_contiguous()
+    assert to.planes.block in (32, 64, 128)

@@ -8,13 +8,13 @@ from lbq.runtime.kernels.gemv.reference import activations
 from lbq.runtime.kernels.planes import Activations
 
 
-def value(x: Activations) -> torch.Tensor:
-    """The vector [K] that a projection makes of what it reads, float64: normalised where it is to be."""
+def value(x: Activations, token: int = 0) -> torch.Tensor:
+    """The vector [K] that a projection makes of what it reads of ``token``, float64: normalised where it is to be."""
     planes = x.planes
-    found = activations(planes.q, planes.scales, planes.bits, planes.k)[0]
+    found = activations(planes.q, planes.scales, planes.bits, planes.k, planes.block)[token]
     if x.squares is None:
         return found
-    return found / (x.squares.double().sum() / planes.k + x.eps).sqrt()
+    return found / (x.squares[token].double().sum() / planes.k + x.eps).sqrt()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,9 +1,9 @@
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""Triton kernels that write one token's activations as the int8 planes which projections read.
+"""Triton kernels that write tokens' activations as the int8 planes which projections read.
 
-Each program owns BB blocks of 32 elements. Planes of a normalised vector are those of x ⊙ w, with the sums of squares
-of x beside them: see ``project``.
+Each program owns BB blocks of SIZE elements of one token, which its second number says. Planes of a normalised vector
+are those of x ⊙ w, with the sums of squares of x beside them: see ``project``.
 """
 
 from __future__ import annotations
@@ -31,20 +31,38 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def norm_blocks(norm_ptr, block, N):
-    """Blocks [·, 32] of a norm's weights [N], zero past their end: for ``store_normed``, asked for well before it."""
-    e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+def norm_blocks(norm_ptr, block, N, SIZE: tl.constexpr = 32):
+    """Blocks [·, SIZE] of a norm's weights [N], zero past their end: for ``store_normed``, asked for well before it."""
+    e = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     return tl.load(norm_ptr + e, mask=e < N, other=0.0)
 
 
 @triton.jit
 def store_normed(
-    x, norm, block, q_ptr, s_ptr, squares_ptr, N, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr
+    x,
+    norm,
+    block,
+    q_ptr,
+    s_ptr,
+    squares_ptr,
+    N,
+    XC,
+    C: tl.constexpr,
+    FOLD: tl.constexpr,
+    BB: tl.constexpr,
+    SIZE: tl.constexpr = 32,
 ):
-    """Blocks x [BB, 32] of a vector [N], zero past its end: planes of x ⊙ norm, and each block's sum of squares."""
-    blocks = (N + 31) // 32
+    """Blocks x [BB, SIZE] of a vector [N], zero past its end: planes of x ⊙ norm, and each block's sum of squares."""
+    blocks = (N + SIZE - 1) // SIZE
     tl.store(squares_ptr + block, tl.sum(x * x, axis=1), mask=block < blocks)
-    store_planes(x * norm, block, q_ptr, s_ptr, blocks, XC, C, FOLD, BB)
+    store_planes(x * norm, block, q_ptr, s_ptr, blocks, XC, C, FOLD, BB, SIZE)
+
+
+@triton.jit
+def of_token(token, q_ptr, s_ptr, squares_ptr, N, XC, C: tl.constexpr, SIZE: tl.constexpr):
+    """Where the planes of ``token`` begin, their scales and the sums of squares, of vectors [N]."""
+    blocks = (N + SIZE - 1) // SIZE
+    return q_ptr + token * (2 * (C // 4) * XC), s_ptr + token * blocks, squares_ptr + token * blocks
 
 
 @triton.jit
@@ -61,20 +79,24 @@ def embed(
     C: tl.constexpr,
     FOLD: tl.constexpr,
     BB: tl.constexpr,
+    SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Row ``token`` of table [V, N], of a 16-bit type, into the residual stream x float32 [N] and normed planes."""
+    """Rows ``token`` [M] of table [V, N], of a 16-bit type, into the residual stream x float32 [M, N] and normed
+    planes."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    token = tl.load(token_ptr)
+    m = tl.program_id(1)
+    token = tl.load(token_ptr + m)
     block = tl.program_id(0) * BB + tl.arange(0, BB)
-    e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    e = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x = tl.load(table_ptr + token * N + e, mask=e < N, other=0.0).to(tl.float32)
-    norm = norm_blocks(norm_ptr, block, N)
+    norm = norm_blocks(norm_ptr, block, N, SIZE)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    tl.store(x_ptr + e, x, mask=e < N)
-    store_normed(x, norm, block, q_ptr, s_ptr, squares_ptr, N, XC, C, FOLD, BB)
+    tl.store(x_ptr + m * N + e, x, mask=e < N)
+    q_at, s_at, squares_at = of_token(m, q_ptr, s_ptr, squares_ptr, N, XC, C, SIZE)
+    store_normed(x, norm, block, q_at, s_at, squares_at, N, XC, C, FOLD, BB, SIZE)
 
 
 @triton.jit
@@ -89,27 +111,43 @@ def norm(
     C: tl.constexpr,
     FOLD: tl.constexpr,
     BB: tl.constexpr,
+    SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The residual stream x float32 [N] into normed planes."""
+    """The residual stream x float32 [M, N] into normed planes."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    m = tl.program_id(1)
     block = tl.program_id(0) * BB + tl.arange(0, BB)
-    e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    norm = norm_blocks(norm_ptr, block, N)
+    e = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    norm = norm_blocks(norm_ptr, block, N, SIZE)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    x = tl.load(x_ptr + e, mask=e < N, other=0.0)
-    store_normed(x, norm, block, q_ptr, s_ptr, squares_ptr, N, XC, C, FOLD, BB)
+    x = tl.load(x_ptr + m * N + e, mask=e < N, other=0.0)
+    q_at, s_at, squares_at = of_token(m, q_ptr, s_ptr, squares_ptr, N, XC, C, SIZE)
+    store_normed(x, norm, block, q_at, s_at, squares_at, N, XC, C, FOLD, BB, SIZE)
 
 
 @triton.jit
-def plain(x_ptr, q_ptr, s_ptr, N, XC, C: tl.constexpr, FOLD: tl.constexpr, BB: tl.constexpr, PDL: tl.constexpr):
-    """x float32 [N] into planes."""
+def plain(
+    x_ptr,
+    q_ptr,
+    s_ptr,
+    N,
+    XC,
+    C: tl.constexpr,
+    FOLD: tl.constexpr,
+    BB: tl.constexpr,
+    SIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x float32 [M, N] into planes."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    m = tl.program_id(1)
     block = tl.program_id(0) * BB + tl.arange(0, BB)
-    e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    x = tl.load(x_ptr + e, mask=e < N, other=0.0)
-    store_planes(x, block, q_ptr, s_ptr, (N + 31) // 32, XC, C, FOLD, BB)
+    e = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    x = tl.load(x_ptr + m * N + e, mask=e < N, other=0.0)
+    q_at, s_at, _ = of_token(m, q_ptr, s_ptr, s_ptr, N, XC, C, SIZE)
+    store_planes(x, block, q_at, s_at, (N + SIZE - 1) // SIZE, XC, C, FOLD, BB, SIZE)

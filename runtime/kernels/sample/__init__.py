@@ -1,8 +1,9 @@
-"""The next token from logits on the device that has them, without the host: see ``triton``."""
+"""The next token of one text or several from logits on the device that has them, without the host: see ``triton``."""
 
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -32,27 +33,44 @@ class Choice:
 
 
 class Chain:
-    """What passes from step to step on the device: the token, its position, and how to choose the next one."""
+    """What passes from step to step on the device: the token, its position, and how to choose the next one.
 
-    def __init__(self, vocabulary: int, slots: int, device: torch.device) -> None:
+    Every tensor has a row for each text.
+    """
+
+    def __init__(self, vocabulary: int, slots: int, device: torch.device, texts: int = 1) -> None:
         """For positions below ``slots``."""
-        self.vocabulary = vocabulary
-        self.token = torch.zeros(1, dtype=torch.int64, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.history = torch.zeros(
-            slots + 1, dtype=torch.int64, device=device
-        )  # the token at each position; −1: broken
-        self.seen = torch.zeros(vocabulary, dtype=torch.int8, device=device)
-        self.settings = torch.zeros(4, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(1, dtype=torch.int32, device=device)
-        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros((texts, *shape), dtype=dtype, device=device)
+
+        def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty((texts, *shape), dtype=dtype, device=device)
+
+        self.vocabulary, self.slots = vocabulary, slots
+        self.token, self.position, self.seed = zeros(), zeros(), zeros()
+        self.history = zeros(slots + 1)  # the token at each position; −1: broken
+        self.seen = zeros(vocabulary, dtype=torch.int8)
+        self.settings = zeros(4, dtype=torch.float32)
+        self.top_k = zeros(dtype=torch.int32)
         self.programs = cdiv(vocabulary, BLOCK)
-        self.scores = torch.empty(vocabulary, dtype=torch.float32, device=device)
-        self.values = torch.empty((2, next_power_of_2(self.programs)), dtype=torch.float32, device=device)
-        self.indices = torch.empty(next_power_of_2(self.programs), dtype=torch.int32, device=device)
-        self.sums = torch.empty((self.programs, WAYS), dtype=torch.float32, device=device)
-        self.bracket = torch.empty(5, dtype=torch.float32, device=device)
-        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self.width = next_power_of_2(self.programs)
+        self.scores = scratch(vocabulary)
+        self.values, self.indices = scratch(2, self.width), scratch(self.width, dtype=torch.int32)
+        self.sums, self.bracket = scratch(self.programs, WAYS), scratch(5)
+        self.counter = zeros(dtype=torch.int32)
+
+    @property
+    def texts(self) -> int:
+        return self.token.shape[0]
+
+    def of_text(self, text: int) -> Chain:
+        """The part of one text."""
+        part = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(part, name, value[text : text + 1])
+        return part
 
     def start(self, token: int, position: int) -> None:
         """The next step is of ``token`` at ``position``."""
@@ -77,7 +95,7 @@ class Chain:
         self.top_k.fill_(min(top_k, self.vocabulary))
         self.seed.fill_(seed)
         if penalised:
-            self.seen.zero_().index_fill_(0, seen.to(self.seen.device), 1)
+            self.seen.zero_().index_fill_(1, seen.to(self.seen.device), 1)
         return Choice(
             sampled=sampled,
             penalty=penalised,
@@ -87,15 +105,17 @@ class Chain:
 
 
 def choose(logits: torch.Tensor, chain: Chain, choice: Choice, *, pdl: bool = False) -> None:
-    """The token after ``logits`` float32 [V] becomes the next step's, one position on, and part of the history.
+    """The token after ``logits`` float32 [texts, V] becomes the next step's, one position on, and part of the history.
 
     The filters are those of :class:`lbq.runtime.text.sampling.SamplingOptions`, in the same order; tokens of equal
     score at a filter's edge are all kept. Noise is of the seed, the position and the token alone.
     """
-    assert logits.shape == (chain.vocabulary,)
+    assert logits.shape[-1] == chain.vocabulary
+    assert logits.numel() == chain.texts * chain.vocabulary
     assert logits.dtype == torch.float32
-    grid, v, options = (chain.programs,), chain.vocabulary, {"PDL": pdl, "num_warps": 4, **launch_options(pdl)}
-    width = chain.indices.shape[0]
+    assert logits.is_contiguous()
+    grid, v = (chain.programs, chain.texts), chain.vocabulary
+    options = {"PDL": pdl, "num_warps": 4, **launch_options(pdl)}
     handed = (chain.token, chain.position, chain.history)
     kernels.begin[grid](
         logits,
@@ -108,9 +128,10 @@ def choose(logits: torch.Tensor, chain: Chain, choice: Choice, *, pdl: bool = Fa
         chain.counter,
         *handed,
         v,
+        chain.slots,
         chain.programs,
         BLOCK=BLOCK,
-        PP=width,
+        PP=chain.width,
         PENALTY=choice.penalty,
         GREEDY=not choice.sampled,
         **options,
@@ -147,9 +168,10 @@ def choose(logits: torch.Tensor, chain: Chain, choice: Choice, *, pdl: bool = Fa
         chain.counter,
         *handed,
         v,
+        chain.slots,
         chain.programs,
         BLOCK=BLOCK,
-        PP=width,
+        PP=chain.width,
         PENALTY=choice.penalty,
         FILTERED=bool(searches),
         **options,

@@ -10,6 +10,8 @@ al. 2011): a function of seed, position and token, whatever the device does.
 
 Each launch leaves its sum over programs to the last to arrive, which adds in the order of the programs: results repeat
 to the bit.
+
+Launches are of PROGRAMS × texts: the second number of a program is its text, and every argument has one row a text.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ _HIGHEST = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _take(token, sound, token_ptr, position_ptr, history_ptr, seen_ptr, PENALTY: tl.constexpr):
-    """Make ``token`` the next step's; one that comes of broken logits is told as −1 and fed as 0."""
-    position = tl.load(position_ptr) + 1
-    tl.store(position_ptr, position)
-    tl.store(token_ptr, tl.where(sound, token, 0).to(tl.int64))
-    tl.store(history_ptr + position, tl.where(sound, token, -1).to(tl.int64))
+def _take(token, sound, token_ptr, position_ptr, history_ptr, seen_ptr, V, SLOTS, PENALTY: tl.constexpr):
+    """Make ``token`` the next step's; one that comes of broken logits is told as −1 and fed as 0.
+
+    A text that nobody reads any more stays at the last of its SLOTS.
+    """
+    text = tl.program_id(1)
+    position = tl.load(position_ptr + text) + 1
+    tl.store(position_ptr + text, tl.minimum(position, SLOTS - 1))
+    tl.store(token_ptr + text, tl.where(sound, token, 0).to(tl.int64))
+    tl.store(history_ptr + text * (SLOTS + 1) + position, tl.where(sound, token, -1).to(tl.int64))
     if PENALTY:
-        tl.store(seen_ptr + tl.where(sound, token, 0), 1)
+        tl.store(seen_ptr + text * V + tl.where(sound, token, 0), 1)
 
 
 @triton.jit
@@ -55,6 +61,7 @@ def begin(
     position_ptr,
     history_ptr,
     V,
+    SLOTS,
     PROGRAMS,
     BLOCK: tl.constexpr,
     PP: tl.constexpr,
@@ -65,18 +72,26 @@ def begin(
     """GREEDY: take the best of logits float32 [V]. Else: logits, the seen ones penalised, into scores float32 [V], and
     their extent into bracket (lowest, above the highest, highest, whether all are finite).
 
-    settings float32: inverse temperature, log of min_p, top_p, penalty. Scratch of value [2, PP] and index [PP].
+    settings float32: inverse temperature, log of min_p, top_p, penalty. Scratch of value [2, PP] and index [PP]. The
+    history has room for SLOTS + 1.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
+    text = tl.program_id(1)
+    logits_ptr += text * V
+    scores_ptr += text * V
+    settings_ptr += text * 4
+    value_ptr += text * (2 * PP)
+    index_ptr += text * PP
+    bracket_ptr += text * 5
     i = program * BLOCK + tl.arange(0, BLOCK)
     inside = i < V
     x = tl.load(logits_ptr + i, mask=inside, other=0.0)
     if PENALTY:
         penalty = tl.load(settings_ptr + 3)
-        seen = tl.load(seen_ptr + i, mask=inside, other=0) != 0
+        seen = tl.load(seen_ptr + text * V + i, mask=inside, other=0) != 0
         x = tl.where(seen, tl.where(x < 0.0, x * penalty, x / penalty), x)
     if not GREEDY:
         tl.store(scores_ptr + i, x, mask=inside)
@@ -86,14 +101,14 @@ def begin(
     tl.store(value_ptr + program, tl.where(sound, best, _HIGHEST))
     tl.store(value_ptr + PP + program, tl.min(tl.where(x == _LOWEST, _HIGHEST, x)))
     tl.store(index_ptr + program, at)
-    if arrived(arrivals_ptr, 0, PROGRAMS):
+    if arrived(arrivals_ptr, text, PROGRAMS):
         p = tl.arange(0, PP)
         values = tl.load(value_ptr + p, mask=p < PROGRAMS, other=_LOWEST, cache_modifier=".cg")
         indices = tl.load(index_ptr + p, mask=p < PROGRAMS, other=0, cache_modifier=".cg")
         highest, token = _best(values, indices)
         finite = (highest < _HIGHEST) & (highest > _LOWEST)
         if GREEDY:
-            _take(token, finite, token_ptr, position_ptr, history_ptr, seen_ptr, PENALTY)
+            _take(token, finite, token_ptr, position_ptr, history_ptr, seen_ptr, V, SLOTS, PENALTY)
         else:
             lowest = tl.min(tl.load(value_ptr + PP + p, mask=p < PROGRAMS, other=_HIGHEST, cache_modifier=".cg"))
             highest = tl.where(finite, highest, 0.0)
@@ -131,6 +146,11 @@ def narrow(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    text = tl.program_id(1)
+    scores_ptr += text * V
+    settings_ptr += text * 4
+    sums_ptr += text * (PROGRAMS * WAYS)
+    bracket_ptr += text * 5
     inverse = tl.load(settings_ptr)
     low = tl.load(bracket_ptr)
     high = tl.load(bracket_ptr + 1)
@@ -147,7 +167,7 @@ def narrow(
         weight = tl.exp((x - highest) * inverse) if MASS else tl.where(i < V, 1.0, 0.0)
         parts += tl.where(x[:, None] >= threshold[None, :], weight[:, None], 0.0)
     tl.store(sums_ptr + tl.program_id(0) * WAYS + way, tl.sum(parts, axis=0))
-    if arrived(arrivals_ptr, 0, PROGRAMS):
+    if arrived(arrivals_ptr, text, PROGRAMS):
         parts = tl.zeros([PART, WAYS], dtype=tl.float32)
         for row in tl.range(0, PROGRAMS, PART):
             p = row + tl.arange(0, PART)[:, None]
@@ -161,7 +181,7 @@ def narrow(
             else:
                 aim = tl.load(bracket_ptr + 4)
         else:
-            aim = tl.load(top_k_ptr).to(tl.float32)
+            aim = tl.load(top_k_ptr + text).to(tl.float32)
         kept = tl.sum(tl.where((total >= aim) & (way > 0), 1, 0))  # thresholds rise: how many of them are low enough
         tl.store(bracket_ptr, tl.max(tl.where(way <= kept, threshold, low)))
         tl.store(bracket_ptr + 1, tl.min(tl.where(way > kept, threshold, high)))
@@ -181,6 +201,7 @@ def draw(
     position_ptr,
     history_ptr,
     V,
+    SLOTS,
     PROGRAMS,
     BLOCK: tl.constexpr,
     PP: tl.constexpr,
@@ -196,6 +217,13 @@ def draw(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
+    text = tl.program_id(1)
+    scores_ptr += text * V
+    settings_ptr += text * 4
+    seed_ptr += text * 2
+    value_ptr += text * (2 * PP)
+    index_ptr += text * PP
+    bracket_ptr += text * 5
     i = program * BLOCK + tl.arange(0, BLOCK)
     inverse = tl.load(settings_ptr)
     highest = tl.load(bracket_ptr + 2)
@@ -207,16 +235,16 @@ def draw(
     zero = tl.zeros([BLOCK], dtype=tl.uint32)
     low = tl.load(seed_ptr).to(tl.uint32, bitcast=True)
     high = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
-    step = zero + tl.load(position_ptr).to(tl.uint32)
+    step = zero + tl.load(position_ptr + text).to(tl.uint32)
     bits, _, _, _ = tl.philox_impl(counter, step, zero, zero, zero + low, zero + high)
     uniform = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)  # inside (0, 1)
     noisy = tl.where(kept, (x - highest) * inverse - tl.log(-tl.log(uniform)), _LOWEST)
     best, at = _best(noisy, i)
     tl.store(value_ptr + program, best)
     tl.store(index_ptr + program, at)
-    if arrived(arrivals_ptr, 0, PROGRAMS):
+    if arrived(arrivals_ptr, text, PROGRAMS):
         p = tl.arange(0, PP)
         values = tl.load(value_ptr + p, mask=p < PROGRAMS, other=_LOWEST, cache_modifier=".cg")
         indices = tl.load(index_ptr + p, mask=p < PROGRAMS, other=0, cache_modifier=".cg")
         _highest, token = _best(values, indices)
-        _take(token, tl.load(bracket_ptr + 3) > 0.0, token_ptr, position_ptr, history_ptr, seen_ptr, PENALTY)
+        _take(token, tl.load(bracket_ptr + 3) > 0.0, token_ptr, position_ptr, history_ptr, seen_ptr, V, SLOTS, PENALTY)

@@ -21,6 +21,7 @@ from lbq.runtime.kernels.attention import (
     serves_short,
     split_for,
     why_not,
+    writes_planes,
 )
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
 from lbq.runtime.kernels.planes import Activations
@@ -210,7 +211,32 @@ def test_what_is_broken_stays_broken(short: Short | None) -> None:
     assert bool(got[:128].isfinite().all())
 
 
+@pytest.mark.parametrize("short", [None, SHORTS[1]])
+@pytest.mark.parametrize(("heads", "block"), [(heads_of(1, 2, 128), 128), (heads_of(2, 3, 64), 0)], ids=str)
+def test_several_texts(heads: Heads, block: int, short: Short | None, relative_error: Error) -> None:
+    """Of different lengths, into planes of larger blocks, or as they are where heads are no whole blocks."""
+    texts = [Text.make(heads, 80, short=short) for _ in range(3)]
+    positions = (0, 70, 33)
+    for i, (text, position) in enumerate(zip(texts, positions, strict=True)):
+        text.random.manual_seed(i)
+        text.fill(position)
+    cache = Cache(torch.stack([text.cache.kv for text in texts]))
+    qkv = torch.randn(3, heads.width, generator=texts[0].random).to(DEVICE)
+    n = heads.kv_heads * heads.group * heads.dim
+    planes = Activations.empty(n, 4, DEVICE, tokens=3, block=block or 32)
+    to = planes if block else torch.empty(3, n, device=DEVICE)
+    scratch, at = Scratch.empty(heads, SPLIT, DEVICE, 3), torch.tensor(positions, device=DEVICE)
+    args = (qkv, heads, None, None, texts[0].angles, at, cache)
+    attend(*args, scratch, SPLIT, to) if short is None else attend_short(*args, short, to)
+    assert not scratch.counters.any()
+    for i, position in enumerate(positions):
+        q, *_ = reference.new_entry(qkv[i], heads, None, None, *(x[position] for x in texts[0].angles))
+        expected = reference.attend(q, *cache.kv[i, :, :, : position + 1].double(), heads)
+        assert relative_error(value(planes, i) if block else to[i], expected) <= 1e-3
+
+
 def test_rule_and_refusals() -> None:
+    assert [writes_planes(heads_of(1, group, 64), 128) for group in (2, 3)] == [True, False]
     assert split_for(heads_of(8, 4, 128), 132).splits == 32
     assert split_for(heads_of(2, 7, 64), 20).splits == 16
     assert why_not(heads_of(1, 1, 80)) is not None

@@ -184,6 +184,7 @@ def _attend(capability: int, group: int, dim: int, *, eight: bool = False, pdl: 
         "C_OUT": 8,
         "XC_OUT": plane_columns(8 * group * dim, 4),
         "FOLD_OUT": 0.0625,
+        "SIZE_OUT": 32,
         "PDL": pdl,
     }
     return _compile(attention.attend, capability, 4, types, constants)
@@ -195,7 +196,7 @@ def _attend_short(capability: int, group: int, dim: int, block: int, warps: int,
     types |= {"position_ptr": "*i64", "kv_ptr": "*fp16", "q_out_ptr": "*i32", "SLOTS": "i32"}
     constants = {"KV_HEADS": 8, "G": group, "D": dim, "DIMS": dim, "SCALE": dim**-0.5, "WINDOW": 0}
     constants |= {"Q_EPS": 1e-6, "K_EPS": 1e-6, "BLOCK": block, "WARPS": warps, "C_OUT": 8}
-    constants |= {"XC_OUT": plane_columns(8 * group * dim, 4), "FOLD_OUT": 0.0625, "PDL": pdl}
+    constants |= {"XC_OUT": plane_columns(8 * group * dim, 4), "FOLD_OUT": 0.0625, "SIZE_OUT": 32, "PDL": pdl}
     return _compile(short.attend_short, capability, warps, types, constants)
 
 
@@ -266,7 +267,7 @@ def test_dependent_launch_waits_after_the_first_weights_and_before_the_activatio
 def test_the_small_kernels_of_a_fused_step(capability: int, tmp_path: Path) -> None:
     stream = {"x_ptr": "*fp32", "norm_ptr": "*fp32", "q_ptr": "*i32", "s_ptr": "*fp32", "squares_ptr": "*fp32"}
     size = {"N": "i32", "XC": "i32"}
-    layout = {"C": 8, "FOLD": 0.0625, "BB": 8, "PDL": False}
+    layout = {"C": 8, "FOLD": 0.0625, "BB": 8, "SIZE": 32, "PDL": False}
     _check(_compile(planes.norm, capability, 4, {**stream, **size}, layout), tmp_path)
     _check(
         _compile(planes.embed, capability, 4, {"token_ptr": "*i64", "table_ptr": "*bf16", **stream, **size}, layout),
@@ -284,7 +285,9 @@ def test_the_small_kernels_of_a_fused_step(capability: int, tmp_path: Path) -> N
 @pytest.mark.parametrize("capability", SOME)
 def test_sampling(capability: int, tmp_path: Path) -> None:
     kinds = {"seen_ptr": "*i8", "seed_ptr": "*i32", "index_ptr": "*i32", "arrivals_ptr": "*i32", "top_k_ptr": "*i32"}
-    kinds |= dict.fromkeys(("token_ptr", "position_ptr", "history_ptr"), "*i64") | {"V": "i32", "PROGRAMS": "i32"}
+    kinds |= dict.fromkeys(("token_ptr", "position_ptr", "history_ptr"), "*i64") | dict.fromkeys(
+        ("V", "SLOTS", "PROGRAMS"), "i32"
+    )
     options = {"BLOCK": 1024, "PP": 128, "PENALTY": True, "PDL": False, "PART": 128, "WAYS": 64}
     for kernel, chosen in (
         (sample.begin, {"GREEDY": True}),

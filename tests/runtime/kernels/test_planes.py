@@ -54,3 +54,21 @@ def test_what_is_broken_stays_broken() -> None:
     to = Normed(Activations.empty(96, 4, DEVICE, eps=1e-5), normal(96))
     planes.norm(x, to)
     assert bool(value(to.to).isnan().all())
+
+
+@pytest.mark.parametrize(("k", "bits", "block"), [(576, 4, 128), (200, 8, 64)])
+def test_several_tokens(k: int, bits: int, block: int, relative_error: Error) -> None:
+    table, weight = normal(5, k).bfloat16(), normal(k, seed=2)
+    token, x = torch.tensor([4, 0, 4], device=DEVICE), torch.empty(3, k, device=DEVICE)
+    embedded, again = (
+        Normed(Activations.empty(k, bits, DEVICE, eps=1e-5, tokens=3, block=block), weight) for _ in range(2)
+    )
+    planes.embed(token, table, x, embedded)
+    assert torch.equal(x, table[token].float())
+    planes.norm(x, again)
+    to = Activations.empty(k, bits, DEVICE, tokens=3, block=block)
+    planes.plain(x, to)
+    for i in range(3):
+        assert relative_error(value(embedded.to, i), rms_norm(x[i], weight, 1e-5)) <= 5e-5
+        assert torch.equal(value(again.to, i), value(embedded.to, i))
+        assert relative_error(value(to, i), x[i].double()) <= 5e-5

@@ -31,10 +31,10 @@ def run(logits: torch.Tensor, seen: torch.Tensor = NONE, **settings: float) -> i
     choose(logits, chain, choice)
     assert int(chain.position) == POSITION + 1
     assert not chain.counter.any()
-    token = int(chain.history[POSITION + 1])
+    token = int(chain.history[0, POSITION + 1])
     assert int(chain.token) == max(token, 0)
     if choice.penalty and token >= 0:
-        assert bool(chain.seen[token])
+        assert bool(chain.seen[0, token])
     return token
 
 
@@ -118,5 +118,24 @@ def test_steps_follow_each_other() -> None:
     logits[:4] = 10.0
     for _ in range(4):
         choose(logits, chain, choice)
-    assert sorted(chain.history[1:5].tolist()) == [0, 1, 2, 3]  # each once: the penalty is for those just drawn
+    assert sorted(chain.history[0, 1:5].tolist()) == [0, 1, 2, 3]  # each once: the penalty is for those just drawn
     assert int(chain.position) == 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "penalty": 1.3}], ids=str)
+def test_several_texts_choose_as_each_by_itself(settings: dict[str, float]) -> None:
+    logits, positions = torch.stack([logits_of(seed) for seed in (1, 2, 3)]), (7, 0, 15)
+    chains = [Chain(V, 16, DEVICE, texts) for texts in (3, 1, 1, 1)]
+    for i, position in enumerate(positions):
+        for chain in (chains[0].of_text(i), chains[1 + i]):
+            chain.start(i, position)
+            choice = chain.set(**{**PLAIN, **settings, "seed": 10 + i}, seen=torch.tensor([int(logits[i].argmax())]))
+    choose(logits, chains[0], choice)
+    for i, position in enumerate(positions):
+        alone = chains[1 + i]
+        choose(logits[i], alone, choice)
+        assert int(chains[0].token[i]) == int(alone.token) == int(alone.history[0, position + 1])
+        assert torch.equal(chains[0].history[i], alone.history[0])
+        assert torch.equal(chains[0].seen[i], alone.seen[0])
+    assert chains[0].position.tolist() == [8, 1, 15]  # it does not leave its slots
+    assert not chains[0].counter.any()
