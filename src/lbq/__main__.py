@@ -1,0 +1,5 @@
+"""``python -m lbq``"""
+
+from lbq.cli import main
+
+main()
