@@ -254,7 +254,7 @@ def _reason(tile: Tile, matrix: Matrix, rows: int, sms: int, outputs: int | None
     columns, programs = -(-matrix.k // codes_a_column(matrix.bits)), -(-(outputs or matrix.n) // rows)
     load = f"{programs} programs for {sms} multiprocessors"
     if tile.columns != 128 * tile.warps:
-        return f"its rows are {columns} words short: {load}"
+        return f"its rows are short, {columns} words: {load}"
     if tile.warps > 1:
         return f"{tile.warps} warps share a row of {columns} words: {load}"
     return f"a warp a program keeps the GPU busy: {load}"
