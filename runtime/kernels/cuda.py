@@ -25,7 +25,7 @@ def choose(matrix: Matrix, *, exact: bool = False) -> Choice:
         nbytes = 2 * n * k
     else:
         words = 3 * -(-k // 32) if matrix.bits == 3 else packed_words(k, matrix.bits)  # see gemv.arrange
-        nbytes = 4 * n * words + 2 * n * (k // matrix.group) + 4 * n  # the last are the rows' norms
+        nbytes = 4 * n * words + 2 * n * (k // matrix.group) + 2 * n  # the last are the rows' norms
     return Choice(_name(matrix.bits, exact=exact), None, nbytes + (4 * n if matrix.bias else 0))
 
 

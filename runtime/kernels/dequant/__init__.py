@@ -24,14 +24,19 @@ ACTIVATION_PEAK = 2.0**14
 
 
 def row_norms(weight: ArrangedWeight) -> torch.Tensor:
-    """The largest magnitude that each row's codes and scales can stand for, float32 [N]."""
-    return weight.scales.float().abs().amax(dim=1) * 2.0 ** (weight.bits - 1)
+    """A power of two for each row, no less than any magnitude that its codes and scales can stand for; 0 for a row of
+    zeros. bfloat16 [N], which holds it exactly: whoever multiplies it back reads two bytes an output, and dividing by
+    it rounds nothing.
+    """
+    exponents = torch.frexp(weight.scales.float().abs().amax(dim=1)).exponent + weight.bits - 1
+    used = weight.scales.count_nonzero(dim=1) > 0
+    return torch.where(used, torch.exp2(exponents.float()), 0.0).bfloat16()
 
 
 def dequantize(
     weight: ArrangedWeight, start: int, stop: int, out: torch.Tensor, norms: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows [start, stop) of W, over their ``norms`` float32 [N] if given, into ``out`` [stop − start, K]."""
+    """Rows [start, stop) of W, over their ``norms`` bfloat16 [N] if given, into ``out`` [stop − start, K]."""
     rows = stop - start
     assert out.shape == (rows, weight.k)
     assert out.is_contiguous()

@@ -51,7 +51,7 @@ def dequantize(
     else:
         scale = tl.load(s_ptr + rows, mask=rows < ROWS, other=0.0).to(tl.float32)[:, None]
     if RELATIVE:
-        norm = tl.load(norm_ptr + rows, mask=rows < ROWS, other=1.0)
+        norm = tl.load(norm_ptr + rows, mask=rows < ROWS, other=1.0).to(tl.float32)
         scale = scale * tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)[:, None]
     value = code.to(tl.float32) * scale[:, :, None]
     value = tl.reshape(value, (BN, BW * C)).to(out_ptr.dtype.element_ty)

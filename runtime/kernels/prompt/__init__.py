@@ -1,10 +1,11 @@
 """What a prompt's tokens go through on a CUDA device: float16 operands, few launches, nothing kept in float32 but the
 residual stream.
 
-Products run on tensor cores with float32 sums. A token's activations are divided by their largest magnitude and a row
-of weights by its own, before they are rounded to float16, so that its range never matters and its 11 bits are what is
-lost; a token's unit and a row's factor are multiplied back by whichever kernel reads the result. Results are float16
-too: an operand is of at most 2^15 / K and a weight of at most 1, so that no sum of K leaves float16's range.
+Products run on tensor cores with float32 sums. A token's activations are divided by their largest magnitude, and a row
+of weights by a power of two no less than its own, before they are rounded to float16, so that its range never matters
+and its 11 bits are what is lost; a token's unit and a row's factor are multiplied back by whichever kernel reads the
+result. Results are float16 too: an operand is of at most 2^15 / K and a weight of at most 1, so that no sum of K leaves
+float16's range.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Result:
-    """A product [M, N] without its bias: ``values`` float16 · ``units`` [M] · ``factors`` [N], or float32 by itself."""
+    """A product [M, N] without its bias: ``values`` float16 · ``units`` [M] · ``factors`` [N], or float32 by itself.
+
+    ``factors`` are powers of two in bfloat16.
+    """
 
     values: torch.Tensor
     units: torch.Tensor | None = None

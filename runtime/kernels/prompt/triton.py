@@ -31,7 +31,7 @@ def _result(y_ptr, unit_ptr, factor_ptr, bias_ptr, m, N, n, mask, SCALED: tl.con
     """Elements ``n`` of a product's row ``m`` in float32."""
     y = tl.load(y_ptr + m * N + n, mask=mask, other=0.0).to(tl.float32)
     if SCALED:
-        y *= tl.load(unit_ptr + m) * tl.load(factor_ptr + n, mask=mask, other=0.0)
+        y *= tl.load(unit_ptr + m) * tl.load(factor_ptr + n, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=mask, other=0.0)
     return y
@@ -151,8 +151,8 @@ def heads(
     partner = tl.load(y_ptr + m * N + h * D + other, mask=mask, other=0.0).to(tl.float32)
     if SCALED:
         unit = tl.load(unit_ptr + tokens, mask=tokens < M, other=0.0)[:, None]
-        x *= unit * tl.load(factor_ptr + h * D + d, mask=d < D, other=0.0)
-        partner *= unit * tl.load(factor_ptr + h * D + other, mask=d < D, other=0.0)
+        x *= unit * tl.load(factor_ptr + h * D + d, mask=d < D, other=0.0).to(tl.float32)
+        partner *= unit * tl.load(factor_ptr + h * D + other, mask=d < D, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias_ptr + h * D + d, mask=d < D, other=0.0)
         partner += tl.load(bias_ptr + h * D + other, mask=d < D, other=0.0)

@@ -30,7 +30,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def result(m: int, n: int, *, scaled: bool, bias: bool) -> tuple[Result, torch.Tensor]:
     """A product's result, and its value in float64."""
-    values, units, factors, added = random(m, n), random(m).abs(), random(n, seed=1), random(n, seed=2)
+    values, units, added = random(m, n), random(m).abs(), random(n, seed=2)
+    factors = torch.exp2(random(n, seed=1).round()).bfloat16()
     found = Result(
         values.half() if scaled else values,
         units if scaled else None,
