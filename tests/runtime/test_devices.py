@@ -83,7 +83,7 @@ def test_a_context_that_does_not_fit():
     with pytest.raises(
         DeviceError, match=r"131072 tokens takes 17\.2 GB .* has 8\.0 GB left .* --context 60928, or --kv"
     ):
-        check_fit(131072, 1 << 17, 8 * 10**9 + GB // 4, eight=False)
+        check_fit(131072, 1 << 17, 8 * 10**9 + GB // 2, eight=False)
     with pytest.raises(DeviceError, match=r"0\.0 GB left beside the weights: try --device cpu$"):
         check_fit(512, 1 << 17, 0, eight=True)
 
