@@ -12,6 +12,7 @@ from lbq.runtime.kernels.linear import Linear
 from lbq.runtime.norm import RmsNorm
 from lbq.runtime.rope import Rotary
 from lbq.runtime.step import Seen, Step
+from lbq.runtime.turn import Turn
 
 # Without cuDNN, which torch prefers on an H100: it builds a plan of tens of milliseconds for every new length.
 CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -33,23 +34,29 @@ class AttentionMixer:
         self.qkv, self.out, self.rotary = qkv, out, rotary
         self.q_norm, self.k_norm = q_norm, k_norm
         self._turned = spec.heads + spec.kv_heads  # heads that rope turns: all but the values
+        self.turn: Turn | None = None  # of keys that are kept in a few bits, once it is known
 
     def new_state(self, context: int, *, dtype: torch.dtype, device: torch.device, fixed: bool) -> KVCache:
         """An empty cache for up to ``context`` tokens."""
         spec = self.spec
-        return KVCache(spec.kv_heads, spec.head_dim, context, dtype=dtype, device=device, fixed=fixed)
+        return KVCache(spec.kv_heads, spec.head_dim, context, dtype=dtype, device=device, fixed=fixed, turn=self.turn)
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """q, k and v of float32 [T, hidden], [T, heads + 2 · kv_heads, head_dim]: normed, not turned yet."""
+        spec = self.spec
+        heads = self.qkv(x).view(x.shape[0], -1, spec.head_dim)
+        if self.q_norm is not None:
+            heads[:, : spec.heads] = self.q_norm(heads[:, : spec.heads])
+        if self.k_norm is not None:
+            heads[:, spec.heads : self._turned] = self.k_norm(heads[:, spec.heads : self._turned])
+        return heads
 
     def __call__(self, x: torch.Tensor, state: MixerState, step: Step) -> torch.Tensor:
         """float32 [T, hidden] → float32 [T, hidden]; appends T tokens to ``state``."""
         assert isinstance(state, KVCache)
         spec = self.spec
-        heads = self.qkv(x).view(x.shape[0], -1, spec.head_dim)  # [T, heads + 2 · kv_heads, head_dim]
-        turned = heads[:, : self._turned]
-        if self.q_norm is not None:
-            turned[:, : spec.heads] = self.q_norm(turned[:, : spec.heads])
-        if self.k_norm is not None:
-            turned[:, spec.heads :] = self.k_norm(turned[:, spec.heads :])
-        self.rotary.rotate_(turned, *step.angles(self.rotary))
+        heads = self.heads(x)
+        self.rotary.rotate_(heads[:, : self._turned], *step.angles(self.rotary))
         seen = step.store(state, heads[:, spec.heads :], spec.window)
         return self.out(attend(heads[:, : spec.heads], seen, spec.scale))
 

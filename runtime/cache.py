@@ -7,7 +7,10 @@ from typing import Protocol
 
 import torch
 
+from lbq.runtime.turn import Turn
+
 FIRST_CAPACITY = 512
+TINY = 1e-30  # the least scale: it has a logarithm and an inverse
 
 
 class MixerState(Protocol):
@@ -31,17 +34,28 @@ class KVCache:
     multiplied by zero, and zero times NaN is NaN.
 
     As int8, every key and every value of a head has a scale of its own, its largest magnitude / 127: ``scales`` float32
-    [2, kv_heads, capacity], else None.
+    [2, kv_heads, capacity], else None; and keys are turned first, by ``turn``.
     """
 
     def __init__(
-        self, kv_heads: int, head_dim: int, context: int, *, dtype: torch.dtype, device: torch.device, fixed: bool
+        self,
+        kv_heads: int,
+        head_dim: int,
+        context: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        fixed: bool,
+        turn: Turn | None = None,
     ) -> None:
+        """``turn``: of int8 keys; by default one that knows nothing of them."""
         self.context = context
         capacity = context if fixed else min(context, FIRST_CAPACITY)
         self.kv = torch.zeros(2, kv_heads, capacity, head_dim, dtype=dtype, device=device)
         self.scales: torch.Tensor | None = None
+        self.turn: Turn | None = None
         if dtype == torch.int8:
+            self.turn = turn or Turn.plain(kv_heads, head_dim, device)
             self.scales = torch.zeros(2, kv_heads, capacity, dtype=torch.float32, device=device)
 
     @property
@@ -61,8 +75,8 @@ class KVCache:
     def put(self, slots: slice | torch.Tensor, new: torch.Tensor) -> None:
         """Keys and values of T tokens, float [T, 2 · kv_heads, head_dim], into T ``slots``: a slice or int64 [T]."""
         entries = new.unflatten(1, (2, -1)).permute(1, 2, 0, 3)
-        if self.scales is not None:
-            entries, scales = eight(entries)
+        if self.turn is not None and self.scales is not None:
+            entries, scales = eight(torch.stack((self.turn.turned(entries[0]), entries[1])))
             _put(self.scales, slots, scales)
         _put(self.kv, slots, entries)
 
@@ -72,10 +86,11 @@ class KVCache:
         Where they are int8, a copy of them: float16 on a GPU, float32 elsewhere.
         """
         kv = self.kv[:, :, first:stop]
-        if self.scales is not None:
-            kv = kv * self.scales[:, :, first:stop, None]
-            kv = kv.half() if kv.is_cuda else kv
-        return kv[0], kv[1]
+        if self.turn is None or self.scales is None:
+            return kv[0], kv[1]
+        kv = kv * self.scales[:, :, first:stop, None]
+        k, v = self.turn.back(kv[0]), kv[1]
+        return (k.half(), v.half()) if kv.is_cuda else (k, v)
 
     def truncate(self, length: int) -> None:
         """Nothing to do: slots from ``length`` on are written before they are read."""
@@ -83,9 +98,8 @@ class KVCache:
 
 def eight(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors [..., n] as int8 and their scales, float32 [...]."""
-    scales = x.abs().amax(-1).float() / 127
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)
-    return (x * inverse.unsqueeze(-1) + 0.5).floor().to(torch.int8), scales
+    scales = (x.abs().amax(-1).float() / 127).clamp(min=TINY)
+    return (x / scales.unsqueeze(-1) + 0.5).floor().to(torch.int8), scales
 
 
 def _grown(slots: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.packing import PackedWeight
+from lbq.runtime.cache import KVCache
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import BUCKET, CudaEngine
@@ -21,11 +23,12 @@ from lbq.runtime.kernels.linear import Choice, Linear, Matrix
 from lbq.runtime.text.generation import Engine
 
 CUDA_CONTEXT = 8192  # the default there: a cache that cannot grow should not take a GPU's memory unasked
+LONG_CONTEXT = 8192  # a longer one is kept in int8 by default: half the memory, and faster than float16 once it is full
 CUDA_SPARE = 1 << 30  # bytes left for prompts' activations, graphs and workspaces
 CUDA_CAPABILITY = (8, 0)  # bfloat16 in the tensor cores
 
 
-CacheKind = Literal["auto", "int8"]
+CacheKind = Literal["auto", "float", "int8"]
 OPENED = "no kernel here reads int8 keys and values: they are all opened for every token"
 
 
@@ -35,7 +38,7 @@ class CpuDevice:
 
     exact: bool
     note: str | None = None  # why a GPU that is there is not used
-    eight: bool = False  # keys and values as int8
+    kv_cache: CacheKind = "auto"
 
     @property
     def device(self) -> torch.device:
@@ -57,9 +60,9 @@ class CpuDevice:
 
         return choose(matrix, exact=self.exact)
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        return torch.int8 if self.eight else torch.float32
+    def cache_dtype(self, context: int, decoder: Decoder | None = None) -> torch.dtype:  # noqa: ARG002
+        """What keys and values are kept as."""
+        return torch.int8 if self.kv_cache == "int8" else torch.float32
 
     def default_context(self, decoder: Decoder) -> int:
         return decoder.spec.context
@@ -69,40 +72,44 @@ class CpuDevice:
 
     def cache_fallback(self, decoder: Decoder) -> str | None:  # noqa: ARG002
         """Why keys and values are not read as they are kept, or None where they are."""
-        return OPENED if self.eight else None
+        return OPENED if self.kv_cache == "int8" else None
 
     def step_fallback(self, decoder: Decoder) -> str | None:  # noqa: ARG002
         """Nothing: there is one way to decode."""
         return None
 
     def engine(self, decoder: Decoder, context: int) -> Engine:
-        return DecoderEngine(decoder, context, cache_dtype=self.cache_dtype)
+        return DecoderEngine(decoder, context, cache_dtype=self.cache_dtype(context))
 
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """Weights are moved once; the cache is float16 (float32 when ``exact``) and allocated at once.
+    """Weights are moved once; the cache is allocated at once: float16 (float32 when ``exact``), and int8 where more
+    than LONG_CONTEXT tokens are asked for and the fused step runs, which reads it.
 
     What rounding keys and values costs, as KL divergence to float32: float16 4e-7 on SmolLM2-135M and 1e-6 on
-    Qwen2.5-Coder-0.5B; bfloat16 3e-5 and 8e-4. The largest key there, biases of Qwen2 included, was 215; float16 goes
-    to 65504, and past it the logits are not finite, which ends the text with an error. int8: ``eight``, and why it is
-    no default, in docs/performance.md.
+    Qwen2.5-Coder-0.5B; bfloat16 3e-5 and 8e-4; int8 2e-4 and 4e-4, see docs/performance.md. The largest key there,
+    biases of Qwen2 included, was 215; float16 goes to 65504, and past it the logits are not finite, which ends the text
+    with an error.
     """
 
     exact: bool
     note: str | None = None
-    eight: bool = False  # keys and values as int8
+    kv_cache: CacheKind = "auto"
     fused: bool = True  # decode by ``lbq.runtime.fused`` and take prompts by ``lbq.runtime.prompts`` where they can
 
     @property
     def device(self) -> torch.device:
         return torch.device("cuda")
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        if self.eight:
+    def cache_dtype(self, context: int, decoder: Decoder | None = None) -> torch.dtype:
+        """What keys and values of up to ``context`` tokens are kept as; of a decoder that fuses where none is given."""
+        if self.exact:
+            return torch.float32
+        long = self.kv_cache == "auto" and context > LONG_CONTEXT and self.fused
+        if self.kv_cache == "int8" or (long and (decoder is None or self._fuses(decoder))):
             return torch.int8
-        return torch.float32 if self.exact else torch.float16
+        return torch.float16
 
     def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
         from lbq.runtime.kernels.cuda import CudaLinear
@@ -122,19 +129,25 @@ class CudaDevice:
 
     def default_context(self, decoder: Decoder) -> int:
         """What fits beside the weights, which are there already."""
-        return fitting_context(decoder.spec.context, self._token_bytes(decoder), _free_bytes())
+        return fitting_context(decoder.spec.context, self._token_bytes(decoder, CUDA_CONTEXT), _free_bytes())
 
     def check_context(self, decoder: Decoder, context: int) -> None:
         """Raise DeviceError for a context whose keys and values the memory that is left does not hold."""
-        check_fit(context, self._token_bytes(decoder), _free_bytes(), eight=self.eight)
+        eight = self.cache_dtype(context, decoder) == torch.int8
+        check_fit(context, partial(self._token_bytes, decoder), _free_bytes(), eight=eight)
 
     def cache_fallback(self, decoder: Decoder) -> str | None:
         """Why keys and values are not read as they are kept, or None where they are."""
-        return OPENED if self.eight and not self._fuses(decoder) else None
+        return OPENED if self.kv_cache == "int8" and not self._fuses(decoder) else None
 
-    def _token_bytes(self, decoder: Decoder) -> int:
-        """Keys and values of a token in all layers."""
-        return decoder.new_state(BUCKET, dtype=self.cache_dtype, fixed=True).nbytes // BUCKET
+    def _token_bytes(self, decoder: Decoder, context: int) -> int:
+        """Keys and values of a token in all layers, where up to ``context`` are kept; and in int8 a layer's opened
+        ones, which prompts see."""
+        state = decoder.new_state(BUCKET, dtype=self.cache_dtype(context, decoder), fixed=True)
+        opened = max(
+            (2 * layer.kv.numel() for layer in state.layers if isinstance(layer, KVCache) and layer.turn), default=0
+        )
+        return (state.nbytes + opened) // BUCKET
 
     def step_fallback(self, decoder: Decoder) -> str | None:
         """Why ``decoder`` does not decode by the fused step, where that is not what was asked for."""
@@ -151,10 +164,10 @@ class CudaDevice:
     def engine(self, decoder: Decoder, context: int) -> Engine:
         layers = self._prompt_layers(decoder)
         if not self._fuses(decoder):
-            return CudaEngine(decoder, context, cache_dtype=self.cache_dtype, layers=layers)
+            return CudaEngine(decoder, context, cache_dtype=self.cache_dtype(context, decoder), layers=layers)
         from lbq.runtime.fused.engine import FusedEngine
 
-        return FusedEngine(decoder, context, cache_dtype=self.cache_dtype, layers=layers)
+        return FusedEngine(decoder, context, cache_dtype=self.cache_dtype(context, decoder), layers=layers)
 
     def _prompt_layers(self, decoder: Decoder) -> Layers | None:
         """How many tokens at a time are taken in, where that is not by the decoder's own layers."""
@@ -182,12 +195,17 @@ def fitting_context(most: int, token_bytes: int, free: int) -> int:
     return min(most, CUDA_CONTEXT, max(fitting, BUCKET))
 
 
-def check_fit(context: int, token_bytes: int, free: int, *, eight: bool) -> None:
-    """Raise DeviceError for a context that ``free`` bytes do not hold beside the least that prompts and graphs need."""
-    wanted, room = context * token_bytes, max(0, free - CUDA_SPARE // 2)  # an 8B model takes in prompts with 0.42 GB
+def check_fit(context: int, token_bytes: Callable[[int], int], free: int, *, eight: bool) -> None:
+    """Raise DeviceError for a context that ``free`` bytes do not hold beside the least that prompts and graphs need.
+
+    ``token_bytes``: of a token where so many are kept; ``eight``: whether that is int8 already.
+    """
+    room = max(0, free - CUDA_SPARE // 2)  # an 8B model takes in prompts with 0.42 GB
+    wanted = context * token_bytes(context)
     if wanted <= room:
         return
-    shorter = room // token_bytes // BUCKET * BUCKET
+    shorter = room // token_bytes(context)
+    shorter = min(shorter, room // token_bytes(shorter)) // BUCKET * BUCKET  # short ones may be kept in more bits
     ways = ([f"--context {shorter}"] if shorter else []) + ([] if eight else ["--kv-cache int8"]) + ["--device cpu"]
     raise DeviceError(
         f"a context of {context} tokens takes {wanted / 1e9:.1f} GB of keys and values, and the GPU has "
@@ -207,22 +225,21 @@ def find_device(name: Literal["auto", "cpu", "cuda"], *, exact: bool, kv_cache: 
     """
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {name}: auto, cpu or cuda")
-    if kv_cache not in ("auto", "int8"):
-        raise UsageError(f"kv_cache {kv_cache}: auto or int8")
-    eight = kv_cache == "int8"
-    if exact and eight:
+    if kv_cache not in ("auto", "float", "int8"):
+        raise UsageError(f"kv_cache {kv_cache}: auto, float or int8")
+    if exact and kv_cache == "int8":
         raise UsageError("int8 keys and values do not go with float32, which keeps them as they are")
     if name == "cpu":
-        return CpuDevice(exact, eight=eight)
+        return CpuDevice(exact, kv_cache=kv_cache)
     if not torch.cuda.is_available():
         if name == "auto":
-            return CpuDevice(exact, eight=eight)
+            return CpuDevice(exact, kv_cache=kv_cache)
         raise DeviceError(f"device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
     trouble = _gpu_trouble()
     if trouble is None:
-        return CudaDevice(exact, eight=eight)
+        return CudaDevice(exact, kv_cache=kv_cache)
     if name == "auto":
-        return CpuDevice(exact, eight=eight, note=f"the GPU is not used: {trouble}")
+        return CpuDevice(exact, kv_cache=kv_cache, note=f"the GPU is not used: {trouble}")
     raise DeviceError(f"device {name}: {trouble}; or use --device cpu")
 
 

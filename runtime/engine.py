@@ -8,6 +8,7 @@ import torch
 
 from lbq.formats.errors import UsageError
 from lbq.runtime.decoder import Decoder, Layers
+from lbq.runtime.key_units import measure_units
 
 
 class DecoderEngine:
@@ -28,6 +29,8 @@ class DecoderEngine:
         self.context = context
         self._decoder = decoder
         self._layers = layers
+        if cache_dtype == torch.int8:
+            measure_units(decoder)
         self._state = decoder.new_state(slots or context, dtype=cache_dtype, fixed=slots is not None)
 
     @property

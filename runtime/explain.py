@@ -15,7 +15,7 @@ import torch
 from lbq.formats.packing import packed_words
 from lbq.formats.spec import ModelSpec
 from lbq.runtime.binding import KernelUse, unit_names
-from lbq.runtime.devices import CpuDevice, CudaDevice, Device
+from lbq.runtime.devices import LONG_CONTEXT, CpuDevice, CudaDevice, Device
 from lbq.runtime.kernels.linear import Matrix
 
 if TYPE_CHECKING:  # without Triton until a GPU's kernels are asked about
@@ -59,7 +59,7 @@ def explain(spec: ModelSpec, uses: Sequence[KernelUse], device: Device) -> Expla
 
 def _on_cpu(uses: Sequence[KernelUse], device: CpuDevice) -> Explanation:
     threads = torch.get_num_threads()
-    kind = str(device.cache_dtype).removeprefix("torch.")
+    kind = str(device.cache_dtype(0)).removeprefix("torch.")
     return Explanation(
         f"CPU, {threads} threads" + (f" ({device.note})" if device.note else ""),
         "kernel by kernel from Python, activations and sums in float32",
@@ -153,13 +153,19 @@ class _OnCuda:
     def _one_attends(self) -> str:
         from lbq.runtime.kernels.attention import Heads
 
-        kind = str(self._device.cache_dtype).removeprefix("torch.")
+        kind, longer = (
+            str(self._device.cache_dtype(n)).removeprefix("torch.") for n in (LONG_CONTEXT, LONG_CONTEXT + 1)
+        )
+        if longer != kind and self._fallback is None:
+            kind += f", in {longer} for a context of more than {LONG_CONTEXT} tokens"
         if self._fallback is not None:
             return f"torch's scaled_dot_product_attention; keys and values in {kind}"
         if self._sms is None:
             return f"split over the text, in as many parts as suit the GPU; keys and values in {kind}"
         heads = [Heads.of(each.mixer) for each in self._spec.layer_kinds]
-        splits = dict.fromkeys(self._plan().splitting(each, self._sms) for each in heads)
+        splits = dict.fromkeys(
+            self._plan().splitting(each, self._sms, self._device.cache_dtype(LONG_CONTEXT)) for each in heads
+        )
         how = "; ".join(f"up to {s.splits} parts a head, {s.block} tokens at a time on {s.warps} warps" for s in splits)
         shorts = [short for each in heads if (short := self._plan().shortening(each)) is not None]
         until = f"in one part up to {max(short.until for short in shorts)} tokens, then " if shorts else ""

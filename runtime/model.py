@@ -57,7 +57,8 @@ class LoadSettings(TypedDict, total=False):
     text, at most the model's; by default the model's on the CPU, where the cache grows as needed, and on a GPU as many
     of at most 8192 as fit its memory. ``strict`` refuses kernels that are not the fast path, and a GPU that is there
     and not used. ``threads`` is torch's number of threads, for the whole process. ``kv_cache="int8"`` keeps keys and
-    values in half the memory of the GPU's float16, a quarter of the CPU's float32, and less exactly.
+    values in half the memory of the GPU's float16, a quarter of the CPU's float32, and less exactly; ``"float"`` never
+    does; ``"auto"`` does on a GPU for a ``context`` of more than 8192 tokens.
     """
 
     device: Literal["auto", "cpu", "cuda"]
@@ -167,7 +168,10 @@ class Model:
             context = self._asked_context or self._on.default_context(bound.decoder)
             if self._asked_context is not None:
                 self._on.check_context(bound.decoder, context)
-            cache = CacheUse(str(self._on.cache_dtype).removeprefix("torch."), self._on.cache_fallback(bound.decoder))
+            cache = CacheUse(
+                str(self._on.cache_dtype(context, bound.decoder)).removeprefix("torch."),
+                self._on.cache_fallback(bound.decoder),
+            )
             if self._strict and cache.fallback is not None:
                 raise DeviceError(f"{cache.dtype} keys and values: {cache.fallback}; refused under --strict")
         engines = EnginePool(partial(self._on.engine, bound.decoder, context), context)

@@ -54,7 +54,7 @@ def needs(
         counts[key] = counts.get(key, 0) + 1
         weights += held_bytes(choice, len(unit), _stored_bytes(matrix))
     context = context or min(spec.context, CUDA_CONTEXT)
-    cache = context * _token_bytes(spec, device.cache_dtype)
+    cache = context * _token_bytes(spec, device.cache_dtype(context))
     units = tuple(KernelUse(name, matrix, by.kernel, by.fallback, n) for (name, matrix, by), n in counts.items())
     stored = sum(served.count * _stored_bytes(served.matrix) for served in units)
     return Needs(units, stored, weights, cache, context, CUDA_SPARE if on_gpu else 0)

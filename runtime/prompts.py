@@ -91,7 +91,7 @@ def _layer(
     mixer, tokens = layer.mixer, x.shape[0]
     assert isinstance(mixer, AttentionMixer)
     cache.reserve(start + tokens)
-    shape, held = Heads.of(mixer.spec), Cache(cache.kv, cache.scales)
+    shape, held = Heads.of(mixer.spec), Cache(cache.kv, cache.scales, cache.turn)
     normed = prompt.add_norm(x, y, _norm(layer.mixer_norm))
     q = prompt.heads(_product(normed, mixer.qkv), shape, _norm(mixer.q_norm), _norm(mixer.k_norm), angles, start, held)
     if last and tokens > 1:

@@ -18,10 +18,11 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
+from lbq.runtime.bench.caches import at_depth
 from lbq.runtime.bench.checks import check_kernels, check_step
 from lbq.runtime.bench.compiling import start_pool, wait_for
 from lbq.runtime.bench.context import Bench, Model, read_models
-from lbq.runtime.bench.details import batches, depths, int8_caches, sampling
+from lbq.runtime.bench.details import batches, depths, sampling
 from lbq.runtime.bench.models import time_model, tune_model
 from lbq.runtime.bench.table import table_of, write_table
 from lbq.runtime.fused.tables import path_of
@@ -53,7 +54,7 @@ def run_all(bench: Bench, models: list[Model], wanted: list[str], table: str | N
     last = {
         "depth": (f"Depth, {first}", lambda: depths(bench, first), 25),
         "batch": (f"Several tokens, {first}", lambda: batches(bench, first), 25),
-        "caches": ("Attention of one layer", lambda: int8_caches(bench), 20),
+        "caches": ("Attention of one layer", lambda: at_depth(bench), 20),
         "sampling": ("Choosing a token", lambda: sampling(bench), 5),
     }
     for part, (what, run, least) in last.items():

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 
 from lbq.runtime.bench.context import Bench, read_models
-from lbq.runtime.bench.prefill import causal, check_prompt, prefill
+from lbq.runtime.bench.prefill import check_prompt, prefill
 
 
 def parse() -> argparse.Namespace:
@@ -36,7 +36,6 @@ def main() -> int:
     bench.part(f"Against float32, {models[0]}", lambda: check_prompt(bench, models[0]))
     for model in models:
         bench.part(str(model), partial(prefill, bench, model, lengths), least=8)
-    bench.part("Causal attention", lambda: causal(bench), least=8)
     return bench.finish(arguments.out)
 
 

@@ -129,6 +129,8 @@ def hold(engine: Engine, depth: int, seed: int = 3) -> DecoderState:
         else:
             part.random_(-127, 128, generator=random)
             cache.scales[:, :, :depth].uniform_(0.008, 0.024, generator=random)  # values as large as a normal's
+            assert cache.turn is not None
+            cache.scales[0, :, :depth] *= cache.turn.size**0.5
     state.length = depth
     return DecoderState(state.context, state.layers, depth)
 

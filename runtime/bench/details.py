@@ -17,10 +17,8 @@ from lbq.runtime.bench.tune import step_weights
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels import batch, gemv
-from lbq.runtime.kernels.attention import Cache, Heads, Scratch, attend, split_for
 from lbq.runtime.kernels.gemv import ArrangedWeight
 from lbq.runtime.kernels.gemv.reference import gemv as float64_product
-from lbq.runtime.kernels.planes import Activations
 from lbq.runtime.kernels.sample import Chain, Choice, choose
 
 DEPTHS = (4096, 32768, 131000)
@@ -89,44 +87,6 @@ def _cold(bench: Bench, weight: ArrangedWeight, product: Callable[[ArrangedWeigh
     copies = 2 if bench.toy else max(2, min(64, 300_000_000 // weight.nbytes))
     weights = [weight, *(replace(weight, words=weight.words.clone()) for _ in range(copies - 1))]
     return bench.clock.seconds([partial(product, one) for one in weights], replays=7)
-
-
-def int8_caches(bench: Bench) -> None:
-    """Attention of one 8B layer at depth, in float16 and int8."""
-    heads = Heads(2, 2, 64, 64, 0.125) if bench.toy else Heads(8, 4, 128, 128, 128**-0.5)
-    bench.say("| depth | cache | µs | share of copy |\n|---|---|---|---|")
-    for depth in (40,) if bench.toy else (512, 8192, 32768, 131072):
-        for dtype in (torch.float16, torch.int8):
-            shape = (2, heads.kv_heads, depth, heads.dim)
-            copies = 2 if bench.toy else max(2, min(64, 200_000_000 // (2 * heads.kv_heads * depth * heads.dim)))
-            split = split_for(heads, bench.sms)
-            calls, nbytes = [], 0
-            for _ in range(copies):
-                if dtype == torch.int8:
-                    kv = torch.randint(-127, 128, shape, dtype=dtype, device=bench.device)
-                    cache_ = Cache(kv, torch.rand(shape[:3], device=bench.device))
-                else:
-                    cache_ = Cache(torch.randn(shape, device=bench.device, dtype=dtype))
-                nbytes = cache_.kv.nbytes + (0 if cache_.scales is None else cache_.scales.nbytes)
-                angles = (torch.rand(depth, heads.dim // 2, device=bench.device),) * 2
-                calls.append(
-                    partial(
-                        attend,
-                        torch.randn(heads.width, device=bench.device),
-                        heads,
-                        None,
-                        None,
-                        angles,
-                        torch.full((1,), depth - 1, device=bench.device),
-                        cache_,
-                        Scratch.empty(heads, split, bench.device),
-                        split,
-                        Activations.empty(heads.kv_heads * heads.group * heads.dim, 4, bench.device),
-                        pdl=bench.pdl,
-                    )
-                )
-            seconds = bench.clock.seconds(calls, replays=7)
-            bench.say(f"| {depth} | {dtype} | {seconds * 1e6:.1f} | {nbytes / seconds / bench.copy:.0%} |")
 
 
 def sampling(bench: Bench) -> None:

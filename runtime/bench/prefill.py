@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -199,37 +199,3 @@ def _torch_attention(q: torch.Tensor, heads: Heads, held: Cache) -> Call:
             return scaled_dot_product_attention(split, k, v, is_causal=True, scale=heads.scale)
 
     return run
-
-
-def causal(bench: Bench) -> None:
-    """Causal attention of prompts beside torch's, and of a chunk at depth on both caches."""
-    heads = Heads(2, 2, 64, 64, 0.125) if bench.toy else Heads(8, 4, 128, 128, 128**-0.5)
-    bench.say("| heads×dim | tokens | behind | cache | µs | TFLOP/s | torch µs |\n|---|---|---|---|---|---|---|")
-    small = [
-        (replace(heads, kv_heads=n, group=1, dim=64, rope_dims=64, scale=0.125), m, 0)
-        for n in (4, 8)
-        for m in (128, 512)
-    ]
-    deep = [(heads, 2048, 0), (heads, 8192, 0), (heads, 2048, 30720), (heads, 2048, 129024)]
-    for shape, m, start in [(heads, 40, 20)] if bench.toy else [*small, *deep]:
-        for dtype in (torch.float16, torch.int8):
-            cache = KVCache(shape.kv_heads, shape.dim, start + m, dtype=dtype, device=bench.device, fixed=True)
-            if dtype == torch.int8:
-                cache.kv.random_(-127, 128)
-                assert cache.scales is not None
-                cache.scales.uniform_(0.005, 0.01)
-            else:
-                cache.kv.normal_()
-            q = torch.randn(m, shape.kv_heads * shape.group * shape.dim, device=bench.device).half()
-            least = max(1, min(20, (1 << 26) // (m * (start + m))))
-            run = partial(prompt.attend, q, shape, start, Cache(cache.kv, cache.scales))
-            seconds = bench.clock.seconds([run], replays=7, least=least)
-            flops = 4.0 * shape.kv_heads * shape.group * shape.dim * m * (start + m / 2)
-            other = ""
-            if dtype == torch.float16 and start == 0 and not bench.toy:
-                theirs = _torch_attention(q, shape, Cache(cache.kv))
-                other = f"{bench.clock.seconds([theirs], replays=7, least=least) * 1e6:.1f}"
-            bench.say(
-                f"| {shape.kv_heads * shape.group}×{shape.dim} | {m} | {start} | {str(dtype).removeprefix('torch.')} "
-                f"| {seconds * 1e6:.1f} | {flops / seconds / 1e12:.0f} | {other} |"
-            )

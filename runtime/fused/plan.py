@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from lbq.runtime.fused.tables import Table
 from lbq.runtime.kernels.attention import Heads, Short, Split, serves_short, split_for
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile, tile
@@ -42,6 +44,7 @@ class Plan:
     down: Projecting | None = None
     head: Projecting | None = None
     split: Split | None = None
+    eight: Split | None = None  # of int8 caches
     short: Short | None = None
     pdl: bool = False  # programmatic dependent launch, sm_90 on
     table: Table | None = None  # what was measured on this GPU
@@ -56,10 +59,15 @@ class Plan:
             return Projecting(measured.tile, measured.apart, measured.ahead, measured.early)
         return _rule(role, weight, sm_count)
 
-    def splitting(self, heads: Heads, sm_count: int) -> Split:
-        """How attention of ``heads`` cuts the cache."""
+    def splitting(self, heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16) -> Split:
+        """How attention of ``heads`` cuts a cache of ``dtype``."""
+        eight = dtype == torch.int8
+        chosen = self.eight if eight else self.split
+        if chosen is not None:
+            return chosen
         measured = self.table.heads(heads) if self.table else None
-        return self.split or (measured.split if measured else split_for(heads, sm_count))
+        found = measured and (measured.eight if eight else measured.split)
+        return found or split_for(heads, sm_count, dtype)
 
     def shortening(self, heads: Heads) -> Short | None:
         """How ``heads`` attend to a short text in one part; None where they cannot."""

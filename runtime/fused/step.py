@@ -86,6 +86,14 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How long caches are cut, and what the parts are left in."""
+
+    split: Split
+    scratch: Scratch
+
+
+@dataclass(frozen=True)
 class Attending:
     """The attention of one layer, ready to launch on any cache."""
 
@@ -94,18 +102,20 @@ class Attending:
     q_norm: Norms | None
     k_norm: Norms | None
     angles: tuple[torch.Tensor, torch.Tensor]
-    scratch: Scratch
-    split: Split
+    cut: Cut
+    eight: Cut  # of int8 caches
     short: Short | None  # None: this way cannot serve these heads
     to: Activations
 
     def launch(self, position: torch.Tensor, cache: KVCache, *, pdl: bool, short: bool = False) -> None:
         """``short``: the way made for short texts, where there is one; none reads int8."""
-        text = (self.qkv, self.heads, self.q_norm, self.k_norm, self.angles, position, Cache(cache.kv, cache.scales))
+        held = Cache(cache.kv, cache.scales, cache.turn)
+        text = (self.qkv, self.heads, self.q_norm, self.k_norm, self.angles, position, held)
         if short and self.short is not None and cache.scales is None:
             attention.attend_short(*text, self.short, self.to, pdl=pdl)
         else:
-            attention.attend(*text, self.scratch, self.split, self.to, pdl=pdl)
+            cut = self.cut if cache.scales is None else self.eight
+            attention.attend(*text, cut.scratch, cut.split, self.to, pdl=pdl)
 
 
 @dataclass(frozen=True)
@@ -238,7 +248,7 @@ class FusedStep:
         seen = buffers.activations("seen", out.k, out.weight.bits)
         between = self._entry(layer.mlp_norm, gate_up)
         gated = buffers.activations("gated", down.k, down.weight.bits)
-        split = self._plan.splitting(heads, self._sms)
+        cut, eight = (self._plan.splitting(heads, self._sms, kind) for kind in (torch.float16, torch.int8))
         return StepLayer(
             self._product("qkv", mixer.qkv, entry.to, qkv),
             Attending(
@@ -247,8 +257,8 @@ class FusedStep:
                 _norms(mixer.q_norm),
                 _norms(mixer.k_norm),
                 self._table(mixer.rotary),
-                buffers.scratch(heads, split),
-                split,
+                Cut(cut, buffers.scratch(heads, cut)),
+                Cut(eight, buffers.scratch(heads, eight)),
                 self._plan.shortening(heads),
                 seen,
             ),

@@ -69,6 +69,7 @@ class MeasuredHeads(Part, frozen=True):
     dim: Count
     split: Split
     short: Short
+    eight: Split | None = None  # of int8 caches
 
     def serves(self, heads: Heads) -> bool:
         return (self.kv_heads, self.group, self.dim) == (heads.kv_heads, heads.group, heads.dim)

@@ -11,6 +11,7 @@ from lbq.runtime.attention import attend
 from lbq.runtime.cache import KVCache
 from lbq.runtime.norm import RmsNorm
 from lbq.runtime.step import DeviceStep, HostStep
+from lbq.runtime.turn import Turn
 
 HEADS, KV_HEADS, DIM, CONTEXT = 6, 2, 16, 64
 CPU = torch.device("cpu")
@@ -66,15 +67,17 @@ def test_attention_with_the_position_in_a_tensor(window, dtype, tolerance):
 def test_int8_keys_and_values(split):
     """Within what a step of 1/127 of a vector's largest element explains, and the same whatever the pieces."""
     q, kv = torch.randn(30, HEADS, DIM), torch.randn(30, 2 * KV_HEADS, DIM)
-    cache = KVCache(KV_HEADS, DIM, CONTEXT, dtype=torch.int8, device=CPU, fixed=False)
+    turn = Turn.of(torch.randn(KV_HEADS, DIM).exp2())
+    cache = KVCache(KV_HEADS, DIM, CONTEXT, dtype=torch.int8, device=CPU, fixed=False, turn=turn)
     start, got = 0, []
     for length in split:
         seen = HostStep(start, length, CPU).store(cache, kv[start : start + length], None)
         got.append(attend(q[start : start + length], seen, DIM**-0.5))
         start += length
     held = torch.cat(cache.held(0, 30)).transpose(0, 1)
-    step = kv.abs().amax(-1, keepdim=True) / 127
-    assert bool(((held - kv).abs() <= 0.501 * step).all())
+    for part, turned in ((slice(0, KV_HEADS), turn.turned), (slice(KV_HEADS, None), torch.Tensor.float)):
+        got_turned, was = (turned(x[:, part].transpose(0, 1)) for x in (held, kv))
+        assert bool(((got_turned - was).abs() <= 0.501 * was.abs().amax(-1, keepdim=True) / 127).all())
     expected = plain_attention(q, held[:, :KV_HEADS], held[:, KV_HEADS:], None)
     torch.testing.assert_close(torch.cat(got).double(), expected, rtol=0, atol=1e-5)
 
@@ -90,7 +93,18 @@ def test_int8_caches_grow_and_keep_zeros():
     assert not keys.any()
     assert values[0, 1].tolist() == [1, -127, 3, 0]
     cache.put(torch.tensor([5]), torch.ones(1, 2, 4))
-    assert cache.held(5, 6)[0].tolist() == [[[1] * 4]]
+    torch.testing.assert_close(cache.held(5, 6)[0], torch.ones(1, 1, 4))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 7])
+def test_turned_keys_are_as_long_and_turn_back(dim):
+    turn, keys = Turn.of(torch.randn(2, dim).exp2()), torch.randn(2, 5, dim)
+    torch.testing.assert_close(turn.back(turn.turned(keys)), keys)
+    q = torch.randn(2, 5, dim)
+    scores = (q * turn.units[:, None]) @ (turn.signs.float() / turn.size) @ turn.turned(keys).mT
+    torch.testing.assert_close(scores, q @ keys.mT, atol=1e-4, rtol=1e-4)
+    spread = turn.turned(torch.eye(dim)[None].expand(2, -1, -1) * turn.units[:, None])
+    assert bool((spread.abs().sum(-1) == turn.size).all())
 
 
 def test_new_cache_holds_no_nan():

@@ -45,7 +45,7 @@ def test_on_the_cpu(make_tiny):
     assert tuple(each.use for each in found.units) == bind(tiny.weights, CpuDevice(exact=False)).kernels
     assert found.device.startswith("CPU, ")
     assert found.attention.endswith("keys and values in float32")
-    eight = explained(tiny.weights, CpuDevice(exact=False, eight=True))
+    eight = explained(tiny.weights, CpuDevice(exact=False, kv_cache="int8"))
     assert eight.attention.endswith("keys and values in int8")
     by_name = {each.use.units: each for each in found.units}
     assert [way.tokens for way in by_name["model.layers.*.mlp.down_proj"].ways] == ["1 – 16", "more"]

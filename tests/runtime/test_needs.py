@@ -67,9 +67,9 @@ def test_a_model_on_the_cpu(make_tiny, family, exact):
     found = needs(tiny.weights.spec, entries(tiny.weights), device, context=40)
     assert found.units == bound.kernels
     assert found.weights == bound.resident_bytes
-    assert found.cache == bound.decoder.new_state(40, dtype=device.cache_dtype, fixed=True).nbytes
+    assert found.cache == bound.decoder.new_state(40, dtype=device.cache_dtype(40), fixed=True).nbytes
     assert found.nbytes == found.weights + found.cache
-    eight = needs(tiny.weights.spec, entries(tiny.weights), CpuDevice(exact=False, eight=True), context=40)
+    eight = needs(tiny.weights.spec, entries(tiny.weights), CpuDevice(exact=False, kv_cache="int8"), context=40)
     assert eight.cache == bound.decoder.new_state(40, dtype=torch.int8, fixed=True).nbytes
 
 
@@ -81,7 +81,7 @@ def test_a_model_on_a_gpu(tiny, exact):
     found = needs(tiny.weights.spec, entries(tiny.weights), device, context=40)
     assert found.units == bound.kernels
     assert found.weights == bound.resident_bytes
-    assert found.cache == bound.decoder.new_state(40, dtype=device.cache_dtype, fixed=True).nbytes
+    assert found.cache == bound.decoder.new_state(40, dtype=device.cache_dtype(40), fixed=True).nbytes
 
 
 def test_a_gpu_that_is_not_there(tiny):

@@ -13,7 +13,6 @@ from lbq.runtime.binding import bind
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.devices import CudaDevice
 from lbq.runtime.engine import DecoderEngine
-from lbq.runtime.kernels import prompt
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
 from lbq.runtime.prompts import PromptLayers, why_not
 
@@ -91,11 +90,10 @@ def test_dense_layers(make_tiny, reference_kernels):
     assert divergence(expected, got) <= 1e-4
 
 
-def test_int8_caches(make_tiny, reference_kernels, monkeypatch):
+def test_int8_caches(make_tiny, reference_kernels):
     """As the decoder itself takes a prompt in, on such a cache."""
     tiny = make_tiny("qwen3-qk-norm", **SMALL)
     reference = bind(tiny.weights, reference_kernels).decoder
-    monkeypatch.setattr(prompt, "MANY", 5)
     state = reference.new_state(64, dtype=torch.int8, fixed=True)
     expected = reference.forward(IDS, state, all_logits=True)
     got, held = through(bind(tiny.weights, Kernels()).decoder, IDS, all_logits=True, dtype=torch.int8)

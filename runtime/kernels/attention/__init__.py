@@ -10,7 +10,9 @@ from triton import next_power_of_2
 from lbq.formats.spec import Attention
 from lbq.runtime.kernels.attention import short as short_kernel
 from lbq.runtime.kernels.attention import triton as kernels
+from lbq.runtime.kernels.gemv.triton import INTERPRETED
 from lbq.runtime.kernels.planes import Activations, launch_options, plane_layout
+from lbq.runtime.turn import Turn
 
 __all__ = [
     "Cache",
@@ -59,16 +61,20 @@ class Split:
     least: int = 64
     stages: int = 2
     warps: int = 4
+    ahead: int | None = None  # tokens of a part that are called into L2 while the launch before ends; None: ``least``
 
     def __post_init__(self) -> None:
         assert self.splits >= 1
-        assert self.block in (16, 32, 64, 128)
+        assert self.block in (16, 32, 64, 128, 256)
         assert self.least % self.block == 0
 
 
-def split_for(heads: Heads, sm_count: int) -> Split:
-    """About two programs for each multiprocessor, once a text is long enough to keep them busy."""
-    return Split(splits=max(1, min(64, next_power_of_2(2 * sm_count // heads.kv_heads + 1) // 2)))
+def split_for(heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16) -> Split:
+    """A program for each multiprocessor, once a text is long enough to keep them busy, each with two blocks under way,
+    64 kB at heads of 128: what 99 kB of shared memory hold."""
+    splits = max(1, min(64, sm_count // heads.kv_heads))
+    block = 128 if dtype == torch.int8 else 64
+    return Split(splits, block, block, stages=3)
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,12 @@ class Norms:
 class Cache:
     """Keys and values [2, kv_heads, slots, dim] in 16 bits; or as int8, ``scales`` float32 [2, kv_heads, slots].
 
-    Of several texts there is one more axis before these.
+    Of several texts there is one more axis before these. int8 keys are turned by ``turn``.
     """
 
     kv: torch.Tensor
     scales: torch.Tensor | None = None
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -129,10 +136,10 @@ class Scratch:
 
 def why_not(heads: Heads) -> str | None:
     """Why this kernel cannot serve ``heads``, or None where it can."""
-    if heads.group * heads.dim % 32:
-        return f"{heads.group} heads of {heads.dim} share keys, and {heads.group * heads.dim} is no multiple of 32"
     if heads.dim % 8 or heads.dim > 256:
         return f"heads of {heads.dim}: they must be of at most 256, in eights"
+    if not writes_planes(heads, 32):
+        return f"{heads.group} heads of {heads.dim} share keys, and {heads.dim} is no multiple of 32 nor a power of two"
     return None
 
 
@@ -143,12 +150,14 @@ def serves_short(heads: Heads) -> bool:
 
 def writes_planes(heads: Heads, block: int) -> bool:
     """Whether the heads that share a key's are whole blocks of so many elements, as ``attend`` writes planes."""
-    return heads.group * heads.dim % block == 0
+    whole = heads.dim == next_power_of_2(heads.dim)  # a kernel's tile has nothing between its heads then
+    return bool((heads.group if whole else 1) * heads.dim % block == 0)
 
 
-def _together(heads: Heads, warps: int) -> int:
-    """Parts that a merge adds in one step: what leaves a thread's registers room."""
-    return int(max(1, min(8, next_power_of_2(512 * warps // (heads.group * heads.dim) + 1) // 2)))
+def _together(heads: Heads, split: Split) -> int:
+    """Parts that a merge adds at once: 32 elements of them a thread."""
+    most = 32 * 32 * split.warps // next_power_of_2(heads.group) // next_power_of_2(heads.dim)
+    return int(min(next_power_of_2(split.splits), max(1, most)))
 
 
 def attend(
@@ -181,6 +190,7 @@ def attend(
     assert scratch.parts.shape == (texts, heads.kv_heads, split.splits, heads.group, heads.dim)
     eight = cache.scales is not None
     assert cache.kv.dtype == torch.int8 if eight else cache.kv.dtype in (torch.float16, torch.bfloat16)
+    assert eight == (cache.turn is not None)
     kernels.attend[(split.splits * heads.kv_heads, texts)](
         qkv,
         qkv if q_norm is None else q_norm.weight,
@@ -190,6 +200,8 @@ def attend(
         position,
         cache.kv,
         qkv if cache.scales is None else cache.scales,
+        qkv if cache.turn is None else cache.turn.units,
+        qkv if cache.turn is None else cache.turn.signs,
         scratch.parts,
         scratch.peaks,
         scratch.sums,
@@ -200,8 +212,11 @@ def attend(
         LEAST=split.least,
         BLOCK=split.block,
         STAGES=split.stages,
+        AHEAD=split.ahead or split.least,
         EIGHT=eight,
-        TOGETHER=_together(heads, split.warps),
+        SIZE=1 if cache.turn is None else cache.turn.size,
+        TOGETHER=_together(heads, split),
+        EMULATE=INTERPRETED,
         num_warps=split.warps,
         **_constants(heads, q_norm, k_norm, to, pdl),
     )

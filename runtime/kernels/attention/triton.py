@@ -18,6 +18,21 @@ from lbq.runtime.kernels.gemv.triton import call, store_planes
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(float("-inf"))
+_INFINITY = tl.constexpr(float("inf"))
+_TINY = tl.constexpr(1e-30)
+# Of two pairs of int8 the first and the second ones as float16: a byte with its sign bit turned, under the exponent of
+# 1024, is 1152 + its value.
+_OPEN_PAIRS = tl.constexpr("""
+{
+.reg .b32 offset;
+mov.b32 offset, 0x64806480;
+lop3.b32 $0, $2, 0x00FF00FF, offset, 0x6A;
+prmt.b32 $1, $2, 0, 0x4341;
+xor.b32 $1, $1, offset;
+sub.f16x2 $0, $0, offset;
+sub.f16x2 $1, $1, offset;
+}
+""")
 
 
 @triton.jit
@@ -62,6 +77,71 @@ def head(x_ptr, own, other, cos, sin, d, mask, D: tl.constexpr, DIMS: tl.constex
     return turned
 
 
+@triton.jit
+def _scale(x):
+    """The scales of rows as int8, |x| ≤ 127 · scale: [·, 1], above zero, NaN for rows with a NaN or an infinity."""
+    finite = tl.abs(x) < _INFINITY
+    peak = tl.max(tl.where(finite, tl.abs(x), _INFINITY), axis=1, keep_dims=True)
+    return tl.where(peak < _INFINITY, tl.maximum(peak / 127.0, _TINY), float("nan"))
+
+
+@triton.jit
+def eight(x):
+    """Rows as int8 and their scales: [·, 1]."""
+    scale = _scale(x)
+    return tl.floor(x / scale + 0.5).to(tl.int8), scale
+
+
+@triton.jit
+def _eight_twice(x):
+    """Rows as two planes of int8 and their scales: x = scale · (254 · first + second), to 2⁻¹⁶ of a row's largest."""
+    scale = _scale(x)
+    x = x / scale
+    first = tl.floor(x + 0.5)
+    second = tl.floor((x - first) * 254.0 + 0.5)
+    return first.to(tl.int8), second.to(tl.int8), scale / 254.0
+
+
+@triton.jit
+def _open_pairs(pairs, EMULATE: tl.constexpr):
+    """The low and the high bytes of int16 as float16, two at a time: one by one would take longer than reading them."""
+    if EMULATE:
+        low = ((pairs << 8) >> 8).to(tl.float16)
+        high = (pairs >> 8).to(tl.float16)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            _OPEN_PAIRS, "=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    return low, high
+
+
+@triton.jit
+def _log2(x, EMULATE: tl.constexpr):
+    """By one instruction, to 2⁻²²."""
+    if EMULATE:
+        y = tl.log2(x)
+    else:
+        y = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
+
+
+@triton.jit
+def _inside(there, d, D: tl.constexpr, DP: tl.constexpr):
+    """Which elements ``d`` of tokens that are ``there`` are a head's."""
+    return there if D == DP else there & (d < D)
+
+
+@triton.jit
+def _soften(scores, there, worth, weights, peak):
+    """A block's scores [GP, BLOCK] in a running softmax (Milakov & Gimelshein 2018): p, what tokens weigh so far, by
+    what the old shrink, and the new peak; a token weighs its p times its ``worth``."""
+    scores = tl.where(there[None, :], scores, _LOWEST)
+    higher = tl.maximum(peak, tl.max(scores, axis=1))
+    shrink = tl.exp2(peak - higher)[:, None]
+    p = tl.exp2(scores - higher[:, None])
+    return p, weights * shrink + p * worth, shrink, higher
+
+
 @triton.jit(do_not_specialize=["SLOTS"])
 def attend(
     qkv_ptr,
@@ -72,6 +152,8 @@ def attend(
     position_ptr,
     kv_ptr,
     kv_scale_ptr,
+    units_ptr,
+    signs_ptr,
     part_ptr,
     peak_ptr,
     sum_ptr,
@@ -91,19 +173,26 @@ def attend(
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     EIGHT: tl.constexpr,
+    SIZE: tl.constexpr,
     TOGETHER: tl.constexpr,
     C_OUT: tl.constexpr,
     XC_OUT: tl.constexpr,
     FOLD_OUT: tl.constexpr,
     SIZE_OUT: tl.constexpr,
     PDL: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
     """The attention of the token at ``position``, from its raw q, k and v to the planes of the output projection.
 
     qkv float32 [(KV_HEADS·G + 2·KV_HEADS)·D]; norms float32 [D], Q_EPS and K_EPS None where there are none; cos and sin
-    float32 [≥ position + 1, DIMS/2]; the cache kv [2, KV_HEADS, SLOTS, D], a 16-bit float type, or int8 with kv_scale
-    float32 [2, KV_HEADS, SLOTS] if EIGHT; slot ``position`` is written. WINDOW: tokens that are seen, or 0.
+    float32 [≥ position + 1, DIMS/2]; the cache kv [2, KV_HEADS, SLOTS, D], a 16-bit float type, or if EIGHT int8 with
+    kv_scale float32 [2, KV_HEADS, SLOTS], its keys over units float32 [KV_HEADS, D] and times signs float16 [D, D], of
+    which each is a sum of SIZE; slot ``position`` is written. WINDOW: tokens that are seen, or 0. With PDL the first
+    AHEAD tokens of a part are called into L2.
+    An int8 key times q, which is two planes of int8, is an exact integer. A value's scale joins its score's exponent:
+    sums of p · code are then in float16's range whatever the scales, and p / scale is what it weighs.
     Scratch: part float32 [KV_HEADS, SPLITS, G, D], peak and sum [KV_HEADS, SPLITS, G], arrivals int32 [KV_HEADS], zero
     and left so. All of these have a row for each text. Where C_OUT is 0, s_out takes the result, float32
     [KV_HEADS·G·D], in place of planes. The launch is of SPLITS × KV_HEADS programs a text whatever the position; parts
@@ -113,7 +202,7 @@ def attend(
         tl.extra.cuda.gdc_launch_dependents()
     KIND: tl.constexpr = tl.float16 if EIGHT else kv_ptr.dtype.element_ty
     GP: tl.constexpr = 16 if G < 16 else triton.next_power_of_2(G)
-    DP: tl.constexpr = triton.next_power_of_2(D)
+    DP: tl.constexpr = 32 if EIGHT and D < 32 else triton.next_power_of_2(D)
     h = tl.program_id(0) % KV_HEADS
     split = tl.program_id(0) // KV_HEADS
     text = tl.program_id(1)
@@ -137,69 +226,81 @@ def attend(
     if PDL:  # what earlier steps cached can be on its way while the projection before this is at work
         WIDTH: tl.constexpr = D if EIGHT else 2 * D  # bytes of a token
         used = tl.maximum(stop - start, 1) * WIDTH
-        call(kv_ptr + (k_slot + start) * D, used, LEAST * WIDTH)
-        call(kv_ptr + (v_slot + start) * D, used, LEAST * WIDTH)
+        call(kv_ptr + (k_slot + start) * D, used, AHEAD * WIDTH)
+        call(kv_ptr + (v_slot + start) * D, used, AHEAD * WIDTH)
     g = tl.arange(0, GP)[:, None]
     d = tl.arange(0, DP)[None, :]
     own = (g < G) & (d < D)
     cos, sin = angles(cos_ptr + position * (DIMS // 2), sin_ptr + position * (DIMS // 2), d, DIMS)
     wq, wq_other = norm_weights(q_norm_ptr, d, D, DIMS, Q_EPS)
     wk, wk_other = norm_weights(k_norm_ptr, d, D, DIMS, K_EPS)
+    if EIGHT:
+        e = tl.arange(0, DP)[:, None]
+        units = tl.load(units_ptr + h * D + d, mask=d < D, other=1.0)
+        signs = tl.load(signs_ptr + e * D + d, mask=(e < D) & (d < D), other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     q = head(qkv_ptr + (h * G + g) * D, wq, wq_other, cos, sin, d, own, D, DIMS, Q_EPS)
     k = head(qkv_ptr + (KV_HEADS * G + h) * D, wk, wk_other, cos, sin, d, d < D, D, DIMS, K_EPS)
     v = tl.load(qkv_ptr + (KV_HEADS * G + KV_HEADS + h) * D + d, mask=d < D, other=0.0)
-    q = q.to(KIND)
     newest = split == parts - 1
     if EIGHT:
-        k8, k_scale = _eight(k)
-        v8, v_scale = _eight(v)
-        tl.store(kv_ptr + (k_slot + position) * D + d, k8, mask=(d < D) & newest)
-        tl.store(kv_ptr + (v_slot + position) * D + d, v8, mask=(d < D) & newest)
-        tl.store(kv_scale_ptr + k_slot + position, k_scale, mask=newest)
-        tl.store(kv_scale_ptr + v_slot + position, v_scale, mask=newest)
-        k = k8.to(tl.float32) * k_scale
-        v = v8.to(tl.float32) * v_scale
+        once = newest & (g == 0)  # k and v stand in all rows
+        q, q_second, q_scale = _eight_twice(tl.dot((q * units).to(KIND), signs) * (SCALE * _LOG2_E / SIZE))
+        k, new_k_scale = eight(tl.dot((k / units + g * 0.0).to(KIND), signs))
+        v, new_v_scale = eight(v + g * 0.0)
+        tl.store(kv_ptr + (k_slot + position) * D + d + g * 0, k, mask=(d < D) & once)
+        tl.store(kv_ptr + (v_slot + position) * D + d + g * 0, v, mask=(d < D) & once)
+        tl.store(kv_scale_ptr + k_slot + position + g * 0, new_k_scale, mask=once)
+        tl.store(kv_scale_ptr + v_slot + position + g * 0, new_v_scale, mask=once)
+        score = tl.sum((q.to(tl.float32) * 254.0 + q_second.to(tl.float32)) * k.to(tl.float32), axis=1, keep_dims=True)
+        score = tl.sum(score * q_scale * new_k_scale + tl.log2(new_v_scale), axis=1)
+        weight = tl.sum(1.0 / new_v_scale, axis=1)
     else:
+        q = q.to(KIND)
         k = k.to(KIND)
         v = v.to(KIND)
         tl.store(kv_ptr + (k_slot + position) * D + d, k, mask=(d < D) & newest)
         tl.store(kv_ptr + (v_slot + position) * D + d, v, mask=(d < D) & newest)
+        score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * (SCALE * _LOG2_E)
+        weight = tl.full([GP], 1.0, dtype=tl.float32)
 
     # The newest part begins with the new token; the others with nothing.
-    score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * (SCALE * _LOG2_E)
     peak = tl.where(newest, score, _LOWEST)  # [GP]
     acc = tl.where(newest, v.to(tl.float32), 0.0) + tl.zeros([GP, DP], dtype=tl.float32)
     n = tl.arange(0, BLOCK)
-    weights = tl.where((n == 0) & newest, 1.0, 0.0)[None, :] + tl.zeros([GP, BLOCK], dtype=tl.float32)
+    weights = tl.where((n == 0)[None, :] & newest, weight[:, None], 0.0) + tl.zeros([GP, BLOCK], dtype=tl.float32)
     dk = tl.arange(0, DP)[:, None]
     k_at = kv_ptr + k_slot * D + dk
-    v_at = kv_ptr + v_slot * D + d
-    for n0 in tl.range(start, stop, BLOCK, num_stages=STAGES):
-        token = n0 + n
-        there = token < stop
-        if D == DP:
-            k_mask = there[None, :]
-            v_mask = there[:, None]
-        else:
-            k_mask = there[None, :] & (dk < D)
-            v_mask = there[:, None] & (d < D)
-        keys = tl.load(k_at + token[None, :] * D, mask=k_mask, other=0)  # [DP, BLOCK]
-        values = tl.load(v_at + token[:, None] * D, mask=v_mask, other=0)  # [BLOCK, DP]
-        scores = tl.dot(q, keys.to(KIND))
-        if EIGHT:
-            scores *= tl.load(kv_scale_ptr + k_slot + token, mask=there, other=0.0)[None, :]
-        scores = tl.where(there[None, :], scores * (SCALE * _LOG2_E), _LOWEST)
-        higher = tl.maximum(peak, tl.max(scores, axis=1))
-        shrink = tl.exp2(peak - higher)[:, None]
-        p = tl.exp2(scores - higher[:, None])
-        weights = weights * shrink + p
-        if EIGHT:
-            p *= tl.load(kv_scale_ptr + v_slot + token, mask=there, other=0.0)[None, :]
-        acc = tl.dot(p.to(KIND), values.to(KIND), acc * shrink)
-        peak = higher
+    if EIGHT:
+        pair = tl.arange(0, DP // 2)[None, :]
+        v_at = kv_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + v_slot * (D // 2) + pair
+        even, odd = tl.split(acc.reshape(GP, DP // 2, 2))
+        for n0 in tl.range(start, stop, BLOCK, num_stages=STAGES):
+            token = n0 + n
+            there = token < stop
+            keys = tl.load(k_at + token[None, :] * D, mask=_inside(there[None, :], dk, D, DP), other=0)
+            values = tl.load(v_at + token[:, None] * (D // 2), mask=_inside(there[:, None], 2 * pair, D, DP), other=0)
+            k_scale = tl.load(kv_scale_ptr + k_slot + token, mask=there, other=0.0)[None, :]
+            v_scale = tl.load(kv_scale_ptr + v_slot + token, mask=there, other=1.0)[None, :]
+            v_scale = _log2(v_scale, EMULATE)
+            scores = (tl.dot(q, keys) * 254 + tl.dot(q_second, keys)).to(tl.float32) * (q_scale * k_scale) + v_scale
+            p, weights, shrink, peak = _soften(scores, there, tl.exp2(-v_scale), weights, peak)
+            first, second = _open_pairs(values, EMULATE)
+            even = tl.dot(p.to(KIND), first, even * shrink)
+            odd = tl.dot(p.to(KIND), second, odd * shrink)
+        acc = tl.join(even, odd).reshape(GP, DP)
+    else:
+        v_at = kv_ptr + v_slot * D + d
+        for n0 in tl.range(start, stop, BLOCK, num_stages=STAGES):
+            token = n0 + n
+            there = token < stop
+            keys = tl.load(k_at + token[None, :] * D, mask=_inside(there[None, :], dk, D, DP), other=0)
+            values = tl.load(v_at + token[:, None] * D, mask=_inside(there[:, None], d, D, DP), other=0)
+            scores = tl.dot(q, keys) * (SCALE * _LOG2_E)
+            p, weights, shrink, peak = _soften(scores, there, 1.0, weights, peak)
+            acc = tl.dot(p.to(KIND), values, acc * shrink)
 
     at = (h * SPLITS + split) * G
     tl.store(part_ptr + (at + g) * D + d, acc, mask=own)
@@ -235,13 +336,6 @@ def out_of_text(text, q_ptr, s_ptr, N: tl.constexpr, C: tl.constexpr, XC: tl.con
 
 
 @triton.jit
-def _eight(x):
-    """A row as int8 and its scale, amax / 127."""
-    scale = tl.max(tl.abs(x)) / 127.0
-    return tl.floor(x * tl.where(scale > 0.0, 1.0 / scale, 0.0) + 0.5).to(tl.int8), scale
-
-
-@triton.jit
 def _merge(
     part_ptr,
     peak_ptr,
@@ -260,41 +354,51 @@ def _merge(
     FOLD: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The parts of the heads that share keys ``h``, TOGETHER of them a step, into planes of whole blocks of SIZE."""
-    BLOCKS: tl.constexpr = G * D // SIZE
-    BP: tl.constexpr = triton.next_power_of_2(BLOCKS)
-    b = tl.arange(0, BP)
-    e = b[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    inside = e < G * D
-    peak = tl.where(inside, _LOWEST, 0.0)
-    total = tl.zeros([BP, SIZE], dtype=tl.float32)
-    out = tl.zeros([BP, SIZE], dtype=tl.float32)
-    for first in tl.range(0, parts, TOGETHER):
-        part = first + tl.arange(0, TOGETHER)[:, None, None]
-        there = (part < parts) & inside[None]
-        row = (h * SPLITS + part) * G + (e // D)[None]
-        peaks = tl.load(peak_ptr + row, mask=there, other=_LOWEST, cache_modifier=".cg")
-        sums = tl.load(sum_ptr + row, mask=there, other=0.0, cache_modifier=".cg")
-        found = tl.load(part_ptr + (h * SPLITS + part) * (G * D) + e[None], mask=there, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(peak, tl.max(peaks, axis=0))
-        shrink = tl.exp2(peak - higher)
-        weight = tl.exp2(peaks - higher[None])
-        total = total * shrink + tl.sum(sums * weight, axis=0)
-        out = out * shrink + tl.sum(found * weight, axis=0)
-        peak = higher
-    out = tl.where(inside, out / tl.where(inside, total, 1.0), 0.0)
+    """The parts of the heads that share keys ``h`` into planes of whole blocks of SIZE.
+
+    Each load is on its way before any is waited for, as far as TOGETHER parts at a time fit the registers.
+    """
+    GP: tl.constexpr = triton.next_power_of_2(G)
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    part = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None]
+    g = tl.arange(0, GP)[None, :]
+    row = (h * SPLITS + part) * G + g
+    there = (part < parts) & (g < G)
+    peaks = tl.load(peak_ptr + row, mask=there, other=_LOWEST, cache_modifier=".cg")
+    sums = tl.load(sum_ptr + row, mask=there, other=0.0, cache_modifier=".cg")
+    peak = tl.max(tl.where(g < G, peaks, 0.0), axis=0)
+    total = tl.sum(tl.where(there, sums * tl.exp2(peaks - peak[None, :]), 0.0), axis=0)
+    row = tl.arange(0, TOGETHER * GP)
+    d = tl.arange(0, DP)[None, :]
+    highest = (peak[None, :] + tl.zeros([TOGETHER, GP], dtype=tl.float32)).reshape(TOGETHER * GP)
+    out = tl.zeros([TOGETHER * GP, DP], dtype=tl.float32)
+    for first in tl.static_range(0, SPLITS, TOGETHER):
+        there = (first + row // GP < parts) & (row % GP < G)
+        at = (h * SPLITS + first + row // GP) * G + row % GP
+        found = tl.load(part_ptr + at[:, None] * D + d, mask=there[:, None] & (d < D), other=0.0, cache_modifier=".cg")
+        peaks = tl.load(peak_ptr + at, mask=there, other=_LOWEST, cache_modifier=".cg")
+        out += found * tl.exp2(peaks - highest)[:, None]
+    out = tl.sum(out.reshape(TOGETHER, GP, DP), axis=0)
+    g = tl.arange(0, GP)[:, None]
+    out /= tl.where(g < G, tl.reshape(total, (GP, 1)), 1.0)
     if C > 0:
+        # Where heads are padded, they are whole blocks; else whatever is whole in all of them.
+        IN_HEAD: tl.constexpr = 1 if D == DP else D // SIZE
+        PADDED: tl.constexpr = 1 if D == DP else DP // SIZE
+        b = tl.arange(0, GP * DP // SIZE)
+        block = b // PADDED * IN_HEAD + b % PADDED
+        used = (block < G * D // SIZE) & (b % PADDED < IN_HEAD)
         store_planes(
-            out,
-            h * BLOCKS + tl.where(b < BLOCKS, b, KV_HEADS * BLOCKS),
+            out.reshape(GP * DP // SIZE, SIZE),
+            tl.where(used, h * (G * D // SIZE) + block, KV_HEADS * G * D // SIZE),
             q_out_ptr,
             s_out_ptr,
-            KV_HEADS * BLOCKS,
+            KV_HEADS * G * D // SIZE,
             XC,
             C,
             FOLD,
-            BP,
+            GP * DP // SIZE,
             SIZE,
         )
     else:
-        tl.store(s_out_ptr + h * (G * D) + e, out, mask=inside)
+        tl.store(s_out_ptr + (h * G + g) * D + d, out, mask=(g < G) & (d < D))

@@ -35,7 +35,6 @@ __all__ = [
     "why_not",
 ]
 
-MANY = 256  # tokens for which an int8 cache is opened once
 SCRATCH_BYTES = 256 << 20  # of weights in float16 at a time: all of an 8B model's largest matrix
 
 
@@ -161,15 +160,16 @@ def heads(
     """
     cos, sin = angles
     m, slots = y.values.shape[0], held.kv.shape[2]
-    eight = held.scales is not None
     count = heads.kv_heads * heads.group
     assert y.values.shape == (m, heads.width)
     assert cos.shape == sin.shape == (m, heads.rope_dims // 2)
     assert held.kv.shape == (2, heads.kv_heads, slots, heads.dim)
     assert held.kv.is_contiguous()
     assert start + m <= slots
-    kind = torch.float16 if eight else held.kv.dtype
-    q = torch.empty((m, count * heads.dim), dtype=kind, device=y.values.device)
+    to, first = held.kv, start
+    if held.scales is not None:
+        to, first = torch.empty((2, heads.kv_heads, m, heads.dim), dtype=torch.float16, device=y.values.device), 0
+    q = torch.empty((m, count * heads.dim), dtype=to.dtype, device=y.values.device)
     block = 16
     kernels.heads[(cdiv(m, block), count + 2 * heads.kv_heads)](
         *y.parts(),
@@ -178,11 +178,10 @@ def heads(
         cos,
         sin,
         q,
-        held.kv,
-        cos if held.scales is None else held.scales,
+        to,
         m,
-        start,
-        slots,
+        first,
+        to.shape[2],
         H=count,
         KV_HEADS=heads.kv_heads,
         D=heads.dim,
@@ -190,20 +189,43 @@ def heads(
         Q_EPS=None if q_norm is None else q_norm.eps,
         K_EPS=None if k_norm is None else k_norm.eps,
         **y.options(),
-        EIGHT=eight,
         BM=block,
         num_warps=4,
     )
+    if held.scales is not None:
+        close(to, start, held)
     return q
+
+
+def close(new: torch.Tensor, start: int, held: Cache) -> None:
+    """Put keys and values float16 [2, kv_heads, M, dim] into an int8 cache from ``start`` on."""
+    _, kv_heads, m, dim = new.shape
+    assert held.scales is not None
+    assert held.turn is not None
+    block = 16
+    kernels.close[(cdiv(m, block), 2 * kv_heads)](
+        new,
+        held.turn.units,
+        held.turn.signs,
+        held.kv,
+        held.scales,
+        m,
+        start,
+        held.kv.shape[2],
+        KV_HEADS=kv_heads,
+        D=dim,
+        BM=block,
+        num_warps=4,
+    )
 
 
 def attend(q: torch.Tensor, heads: Heads, start: int, held: Cache) -> torch.Tensor:
     """softmax(scale · q · kᵀ) · v of tokens ``start``, … which the cache holds, as ``q`` [M, heads · dim].
 
-    Of an int8 cache many tokens see a copy in float16: opening it for every 128 of them takes as long as the products.
+    Of an int8 cache they see a copy in float16: opening it for every 128 of them would take as long as the products.
     """
     m = q.shape[0]
-    if held.scales is not None and m > MANY:
+    if held.scales is not None:
         held = opened(held, start + m)
     slots, count = held.kv.shape[2], heads.kv_heads * heads.group
     assert q.shape == (m, count * heads.dim)
@@ -215,7 +237,6 @@ def attend(q: torch.Tensor, heads: Heads, start: int, held: Cache) -> torch.Tens
     kernels.attend[(count, cdiv(m, tile.tokens))](
         q,
         held.kv,
-        q if held.scales is None else held.scales,
         out,
         m,
         start,
@@ -225,7 +246,6 @@ def attend(q: torch.Tensor, heads: Heads, start: int, held: Cache) -> torch.Tens
         D=heads.dim,
         SCALE=heads.scale,
         WINDOW=heads.window or 0,
-        EIGHT=held.scales is not None,
         BM=tile.tokens,
         BN=tile.block,
         STAGES=tile.stages,
@@ -238,10 +258,22 @@ def opened(held: Cache, stop: int) -> Cache:
     """The first ``stop`` slots of an int8 cache in float16."""
     _, kv_heads, slots, dim = held.kv.shape
     assert held.scales is not None
+    assert held.turn is not None
     out = torch.empty((2, kv_heads, stop, dim), dtype=torch.float16, device=held.kv.device)
     block = 32
-    kernels.opened[(cdiv(stop, block), 2 * kv_heads)](
-        held.kv, held.scales, out, stop, slots, D=dim, BS=block, num_warps=4
+    kernels.open_all[(cdiv(stop, block), 2 * kv_heads)](
+        held.kv,
+        held.scales,
+        held.turn.units,
+        held.turn.signs,
+        out,
+        stop,
+        slots,
+        KV_HEADS=kv_heads,
+        D=dim,
+        SIZE=held.turn.size,
+        BS=block,
+        num_warps=4,
     )
     return Cache(out)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lbq.runtime.kernels.attention.triton import eight
 from lbq.runtime.kernels.planes.triton import activate
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -117,7 +118,6 @@ def heads(
     sin_ptr,
     q_ptr,
     kv_ptr,
-    kv_scale_ptr,
     M,
     START,
     SLOTS,
@@ -129,13 +129,12 @@ def heads(
     K_EPS: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    EIGHT: tl.constexpr,
     BM: tl.constexpr,
 ):
     """q, k and v from the product y [M, (H + 2·KV_HEADS)·D] of M tokens at START, …: BM tokens of a head a program.
 
     q and k normed over D unless their EPS is None, the first DIMS turned by cos and sin, float32 [M, DIMS/2]; q
-    [M, H·D] in a 16-bit float type; k and v into the cache [2, KV_HEADS, SLOTS, D], int8 with kv_scale if EIGHT.
+    [M, H·D] in a 16-bit float type; k and v into the cache [2, KV_HEADS, SLOTS, D] in one.
     """
     DP: tl.constexpr = triton.next_power_of_2(D)
     HALF: tl.constexpr = DIMS // 2
@@ -174,27 +173,61 @@ def heads(
         tl.store(q_ptr + m * (H * D) + h * D + d, x.to(q_ptr.dtype.element_ty), mask=mask)
     else:
         slot = (h - H).to(tl.int64) * SLOTS + START + tokens  # keys' heads, then values'
-        if EIGHT:
-            scale = tl.max(tl.where(d < D, tl.abs(x), 0.0), axis=1) / 127.0
-            code = tl.floor(x / tl.where(scale > 0.0, scale, 1.0)[:, None] + 0.5).to(tl.int8)
-            tl.store(kv_ptr + slot[:, None] * D + d, code, mask=mask)
-            tl.store(kv_scale_ptr + slot, scale, mask=tokens < M)
-        else:
-            tl.store(kv_ptr + slot[:, None] * D + d, x.to(kv_ptr.dtype.element_ty), mask=mask)
+        tl.store(kv_ptr + slot[:, None] * D + d, x.to(kv_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _turn(x, signs_ptr, d, D: tl.constexpr, DP: tl.constexpr):
+    """Rows [·, D] times signs float16 [D, D], in float32."""
+    e = tl.arange(0, DP)[:, None]
+    signs = tl.load(signs_ptr + e * D + d, mask=(e < D) & (d < D), other=0.0)
+    return tl.dot(x.to(tl.float16), signs)
+
+
+@triton.jit(do_not_specialize=["M", "START", "SLOTS"])
+def close(
+    x_ptr, units_ptr, signs_ptr, kv_ptr, kv_scale_ptr, M, START, SLOTS, KV_HEADS: tl.constexpr, D: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
+    """Keys and values x [2, KV_HEADS, M, D] into a cache of int8 from START on: BM tokens of a head a program.
+
+    See ``attention.triton.attend`` for how it keeps them.
+    """
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    row = tl.program_id(1)
+    tokens = tl.program_id(0) * BM + tl.arange(0, BM)
+    d = tl.arange(0, DP)[None, :]
+    mask = (tokens < M)[:, None] & (d < D)
+    x = tl.load(x_ptr + (row.to(tl.int64) * M + tokens[:, None]) * D + d, mask=mask, other=0.0).to(tl.float32)
+    if row < KV_HEADS:
+        x = _turn(x / tl.load(units_ptr + row * D + d, mask=d < D, other=1.0), signs_ptr, d, D, DP)
+    codes, scale = eight(x)
+    slot = row.to(tl.int64) * SLOTS + START + tokens[:, None]
+    tl.store(kv_ptr + slot * D + d, codes, mask=mask)
+    tl.store(kv_scale_ptr + slot, scale, mask=(tokens < M)[:, None])
 
 
 @triton.jit(do_not_specialize=["STOP", "SLOTS"])
-def opened(kv_ptr, kv_scale_ptr, out_ptr, STOP, SLOTS, D: tl.constexpr, BS: tl.constexpr):
-    """The first STOP slots of a cache of int8 [·, SLOTS, D] in a 16-bit float type [·, STOP, D]: BS slots a program."""
-    slot = tl.program_id(0) * BS + tl.arange(0, BS)
-    d = tl.arange(0, triton.next_power_of_2(D))[None, :]
-    row = tl.program_id(1).to(tl.int64)
-    mask = (slot < STOP)[:, None] & (d < D)
-    code = tl.load(kv_ptr + (row * SLOTS + slot[:, None]) * D + d, mask=mask, other=0).to(tl.float32)
-    scale = tl.load(kv_scale_ptr + row * SLOTS + slot, mask=slot < STOP, other=0.0)
-    tl.store(
-        out_ptr + (row * STOP + slot[:, None]) * D + d, (code * scale[:, None]).to(out_ptr.dtype.element_ty), mask=mask
-    )
+def open_all(
+    kv_ptr, kv_scale_ptr, units_ptr, signs_ptr, out_ptr, STOP, SLOTS, KV_HEADS: tl.constexpr, D: tl.constexpr,
+    SIZE: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """The first STOP slots of a cache of int8 in a 16-bit float type [2, KV_HEADS, STOP, D]: BS slots a program.
+
+    Sums of SIZE codes are exact, as they are at most 16256 and float16 has the codes.
+    """
+    DP: tl.constexpr = triton.next_power_of_2(D)
+    slot = tl.program_id(0) * BS + tl.arange(0, BS)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    row = tl.program_id(1)
+    mask = (slot < STOP) & (d < D)
+    x = tl.load(kv_ptr + (row.to(tl.int64) * SLOTS + slot) * D + d, mask=mask, other=0).to(tl.float32)
+    scale = tl.load(kv_scale_ptr + row.to(tl.int64) * SLOTS + slot, mask=slot < STOP, other=0.0)
+    if row < KV_HEADS:
+        units = tl.load(units_ptr + row * D + d, mask=d < D, other=1.0)
+        x = _turn(x, signs_ptr, d, D, DP) * (units / SIZE)
+    at = out_ptr + (row.to(tl.int64) * STOP + slot) * D + d
+    tl.store(at, (x * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -205,8 +238,6 @@ def _block(
     total,
     k_at,
     v_at,
-    k_scale_at,
-    v_scale_at,
     position,
     n0,
     stop,
@@ -215,7 +246,6 @@ def _block(
     BN: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
-    EIGHT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One block of keys and values into the running softmax (Milakov & Gimelshein 2018)."""
@@ -232,11 +262,7 @@ def _block(
     else:
         keys = tl.load(k_at + token[None, :] * D, mask=(dk < D)[:, None], other=0)
         values = tl.load(v_at + token[:, None] * D, mask=(dk < D)[None, :], other=0)
-    scores = tl.dot(q, keys.to(q.dtype))
-    if EIGHT:
-        scores *= tl.load(k_scale_at + token, mask=token < stop, other=0.0)[None, :] * (SCALE * _LOG2_E)
-    else:
-        scores *= SCALE * _LOG2_E
+    scores = tl.dot(q, keys) * (SCALE * _LOG2_E)
     if MASKED:
         seen = token[None, :] <= position[:, None]
         if WINDOW:
@@ -247,9 +273,7 @@ def _block(
     shrink = tl.exp2(peak - level)
     p = tl.exp2(scores - level[:, None])
     total = total * shrink + tl.sum(p, axis=1)
-    if EIGHT:
-        p *= tl.load(v_scale_at + token, mask=token < stop, other=0.0)[None, :]
-    acc = tl.dot(p.to(q.dtype), values.to(q.dtype), acc * shrink[:, None])
+    acc = tl.dot(p.to(q.dtype), values, acc * shrink[:, None])
     return acc, higher, total
 
 
@@ -257,7 +281,6 @@ def _block(
 def attend(
     q_ptr,
     kv_ptr,
-    kv_scale_ptr,
     out_ptr,
     M,
     START,
@@ -267,7 +290,6 @@ def attend(
     D: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
-    EIGHT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -275,7 +297,7 @@ def attend(
     """Causal attention of M tokens at START, … of G·KV_HEADS heads: BM tokens of a head a program.
 
     After FlashAttention-2 (Dao 2023). q, out [M, G·KV_HEADS·D]; the cache kv [2, KV_HEADS, SLOTS, D] holds START + M
-    tokens, int8 with kv_scale float32 if EIGHT. WINDOW: tokens that are seen, or 0. Who has most to do comes first.
+    tokens, of q's type. WINDOW: tokens that are seen, or 0. Who has most to do comes first.
     """
     DP: tl.constexpr = triton.next_power_of_2(D)
     h = tl.program_id(0)
@@ -302,13 +324,11 @@ def attend(
     if not WINDOW:
         for n0 in tl.range(0, whole, BN, num_stages=STAGES):
             acc, peak, total = _block(
-                q, acc, peak, total, k_at, v_at, kv_scale_ptr + k_slot, kv_scale_ptr + v_slot,
-                position, n0, stop, D, DP, BN, SCALE, WINDOW, EIGHT, False,
+                q, acc, peak, total, k_at, v_at, position, n0, stop, D, DP, BN, SCALE, WINDOW, False
             )  # fmt: skip
     for n0 in tl.range(whole, stop, BN, num_stages=STAGES):
         acc, peak, total = _block(
-            q, acc, peak, total, k_at, v_at, kv_scale_ptr + k_slot, kv_scale_ptr + v_slot,
-            position, n0, stop, D, DP, BN, SCALE, WINDOW, EIGHT, True,
+            q, acc, peak, total, k_at, v_at, position, n0, stop, D, DP, BN, SCALE, WINDOW, True
         )  # fmt: skip
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # zero: a row past M, outside of every window
     at = out_ptr + tokens.to(tl.int64)[:, None] * (KV_HEADS * G * D) + h * D + d[None, :]

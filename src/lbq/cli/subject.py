@@ -26,7 +26,10 @@ shape_option = click.option(
 )
 
 kv_cache_option = click.option(
-    "--kv-cache", type=click.Choice(["auto", "int8"]), default="auto", help="int8: half a GPU's memory, less exact."
+    "--kv-cache",
+    type=click.Choice(["auto", "float", "int8"]),
+    default="auto",
+    help="float: 16 bits on a GPU; int8: half of it, less exact; auto: int8 for more than 8192 tokens on a GPU.",
 )
 
 fused_option = click.option(

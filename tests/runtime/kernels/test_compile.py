@@ -161,10 +161,10 @@ def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile
 
 
 def _attend(capability: int, group: int, dim: int, *, eight: bool = False, pdl: bool = False) -> Any:
-    pointers = ["qkv", "q_norm", "k_norm", "cos", "sin", "position", "kv", "kv_scale", "part", "peak", "sum"]
-    pointers += ["arrivals", "q_out", "s_out"]
+    pointers = ["qkv", "q_norm", "k_norm", "cos", "sin", "position", "kv", "kv_scale", "units", "signs", "part", "peak"]
+    pointers += ["sum", "arrivals", "q_out", "s_out"]
     types = {f"{name}_ptr": "*fp32" for name in pointers}
-    types |= {"position_ptr": "*i64", "kv_ptr": "*i8" if eight else "*fp16"}
+    types |= {"position_ptr": "*i64", "kv_ptr": "*i8" if eight else "*fp16", "signs_ptr": "*fp16"}
     types |= {"arrivals_ptr": "*i32", "q_out_ptr": "*i32", "SLOTS": "i32"}
     constants = {
         "KV_HEADS": 8,
@@ -175,17 +175,20 @@ def _attend(capability: int, group: int, dim: int, *, eight: bool = False, pdl: 
         "WINDOW": 0,
         "Q_EPS": 1e-6,
         "K_EPS": 1e-6,
-        "SPLITS": 32,
-        "LEAST": 64,
-        "BLOCK": 64,
-        "STAGES": 2,
+        "SPLITS": 16,
+        "LEAST": 128 if eight else 64,
+        "BLOCK": 128 if eight else 64,
+        "STAGES": 3,
+        "AHEAD": 64,
         "EIGHT": eight,
-        "TOGETHER": 4,
+        "SIZE": dim & -dim,
+        "TOGETHER": 8,
         "C_OUT": 8,
         "XC_OUT": plane_columns(8 * group * dim, 4),
         "FOLD_OUT": 0.0625,
         "SIZE_OUT": 32,
         "PDL": pdl,
+        "EMULATE": False,
     }
     return _compile(attention.attend, capability, 4, types, constants)
 
@@ -231,7 +234,12 @@ def test_attention_of_a_fused_step(capability: int, tmp_path: Path) -> None:
         )
         assert cached
         sizes = {int(size, 0) for size in cached}
-        assert sizes == ({4, 8, 16} if eight else {16})  # int8 keys by eights, as they will be in float16; scales
+        assert sizes == ({4, 16} if eight else {16})  # scales one by one
+        if eight:
+            assert "mma.sync.aligned.m16n8k32" in compiled.asm["ptx"]
+            loop = compiled.asm["ptx"].split("cp.async.wait_group")[1]
+            assert "sub.f16x2" in loop
+            assert not re.search(r"cvt\.rn\.f16\.s|cvt\.rn\.f32\.s(8|16)|ld\.shared\.[bus]8", loop)
         assert "atom.global.gpu.acq_rel" in compiled.asm["ptx"]
 
 
@@ -327,11 +335,11 @@ def test_batches(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capability", SOME)
 def test_attention_of_prompts(capability: int, tmp_path: Path) -> None:
-    for dim, m, eight, window in [(128, 2048, False, 0), (128, 100, True, 0), (64, 512, False, 9), (128, 1, True, 0)]:
+    for dim, m, window in [(128, 2048, 0), (64, 512, 9), (128, 1, 0)]:
         tile = attention_tile(dim, m, capability == 90)
-        types = {"q_ptr": "*fp16", "kv_ptr": "*i8" if eight else "*fp16", "kv_scale_ptr": "*fp32", "out_ptr": "*fp16"}
+        types = {"q_ptr": "*fp16", "kv_ptr": "*fp16", "out_ptr": "*fp16"}
         types |= dict.fromkeys(("M", "START", "SLOTS"), "i32")
-        constants = {"KV_HEADS": 8, "G": 4, "D": dim, "SCALE": dim**-0.5, "WINDOW": window, "EIGHT": eight}
+        constants = {"KV_HEADS": 8, "G": 4, "D": dim, "SCALE": dim**-0.5, "WINDOW": window}
         constants |= {"BM": tile.tokens, "BN": tile.block, "STAGES": tile.stages}
         compiled = _compile(prompt.attend, capability, tile.warps, types, constants)
         _check(compiled, tmp_path, 160 * 1024 if capability == 90 else SHARED_LIMIT)
@@ -356,7 +364,16 @@ def test_rows_of_prompts(capability: int, tmp_path: Path) -> None:
     kinds = {name: "*fp16" if name in ("y_ptr", "q_ptr", "kv_ptr") else "*fp32" for name in heads}
     kinds |= dict.fromkeys(("M", "START", "SLOTS"), "i32")
     constants = {"H": 32, "KV_HEADS": 8, "D": 128, "DIMS": 128, "Q_EPS": 1e-6, "K_EPS": 1e-6, "SCALED": True}
-    constants |= {"HAS_BIAS": True, "EIGHT": False, "BM": 16}
+    constants |= {"HAS_BIAS": True, "BM": 16}
     _check(_compile(prompt.heads, capability, 4, kinds, constants), tmp_path)
-    kinds = {"kv_ptr": "*i8", "kv_scale_ptr": "*fp32", "out_ptr": "*fp16", "STOP": "i32", "SLOTS": "i32"}
-    assert VECTOR in "".join(_check(_compile(prompt.opened, capability, 4, kinds, {"D": 128, "BS": 32}), tmp_path))
+
+
+@pytest.mark.parametrize("capability", SOME)
+def test_int8_caches_of_prompts(capability: int, tmp_path: Path) -> None:
+    kinds = {"kv_ptr": "*i8", "signs_ptr": "*fp16", "x_ptr": "*fp16", "out_ptr": "*fp16"}
+    kinds |= dict.fromkeys(("STOP", "SLOTS", "START", "M"), "i32")
+    given = {"KV_HEADS": 8, "D": 128, "SIZE": 128, "BM": 16, "BS": 32}
+    for kernel in (prompt.close, prompt.open_all):
+        types = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name not in given}
+        constants = {name: given[name] for name in kernel.arg_names if name in given}
+        assert VECTOR in "".join(_check(_compile(kernel, capability, 4, types, constants), tmp_path, stack=8))

@@ -16,6 +16,7 @@ from lbq.runtime.kernels.attention.reference import new_entry
 from lbq.runtime.kernels.gemv.reference import gemv as float64_product
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
 from lbq.runtime.kernels.prompt import Operand, Result
+from lbq.runtime.turn import Turn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
@@ -110,8 +111,9 @@ def test_heads(shape: Heads, norm: bool, eight: bool, relative_error: Error) -> 
     angle = torch.arange(start, start + m)[:, None] * torch.rand(shape.rope_dims // 2)
     cos, sin = angle.cos().to(DEVICE), angle.sin().to(DEVICE)
     kind = torch.int8 if eight else torch.float16
-    cache = KVCache(shape.kv_heads, shape.dim, slots, dtype=kind, device=DEVICE, fixed=True)
-    q = prompt.heads(y, shape, norms, norms, (cos, sin), start, Cache(cache.kv, cache.scales))
+    turn = Turn.of((0.3 * torch.randn(shape.kv_heads, shape.dim)).exp2().to(DEVICE))
+    cache = KVCache(shape.kv_heads, shape.dim, slots, dtype=kind, device=DEVICE, fixed=True, turn=turn)
+    q = prompt.heads(y, shape, norms, norms, (cos, sin), start, Cache(cache.kv, cache.scales, cache.turn))
     expected = [new_entry(y64[i], shape, norms, norms, cos[i], sin[i]) for i in range(m)]
     keys, values = cache.held(start, start + m)
     bound = 1e-2 if eight else 4e-4
@@ -121,7 +123,7 @@ def test_heads(shape: Heads, norm: bool, eight: bool, relative_error: Error) -> 
     assert not cache.kv[:, :, :start].any()
     assert not cache.kv[:, :, start + m :].any()
     if eight:  # as the cache itself would have stored it
-        other = KVCache(shape.kv_heads, shape.dim, slots, dtype=kind, device=DEVICE, fixed=True)
+        other = KVCache(shape.kv_heads, shape.dim, slots, dtype=kind, device=DEVICE, fixed=True, turn=turn)
         other.put(slice(start, start + m), torch.stack([torch.cat(e[1:]) for e in expected]).float())
         assert int((other.kv.int() - cache.kv.int()).abs().max()) <= 1
 
@@ -140,22 +142,18 @@ def float64_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: 
 @pytest.mark.parametrize("shape", [*HEADS, Heads(1, 4, 128, 128, 0.09)], ids=str)
 @pytest.mark.parametrize("eight", [False, True])
 @pytest.mark.parametrize(("m", "start"), [(150, 0), (40, 75), (3, 130)])
-def test_attention(
-    shape: Heads, eight: bool, m: int, start: int, relative_error: Error, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention(shape: Heads, eight: bool, m: int, start: int, relative_error: Error) -> None:
     kind = torch.int8 if eight else torch.float16
-    cache = KVCache(shape.kv_heads, shape.dim, start + m + 3, dtype=kind, device=DEVICE, fixed=True)
+    turn = Turn.of((0.3 * torch.randn(shape.kv_heads, shape.dim)).exp2().to(DEVICE))
+    cache = KVCache(shape.kv_heads, shape.dim, start + m + 3, dtype=kind, device=DEVICE, fixed=True, turn=turn)
     cache.put(slice(0, start + m), random(start + m, 2 * shape.kv_heads, shape.dim))
     if not eight:
         cache.kv[:, :, start + m :] = float("nan")  # never written
     q = random(m, shape.kv_heads * shape.group * shape.dim).half()
     keys, values = cache.held(0, start + m)
     expected = float64_attention(q, keys, values, shape, start)
-    got = prompt.attend(q, shape, start, Cache(cache.kv, cache.scales))
+    got = prompt.attend(q, shape, start, Cache(cache.kv, cache.scales, cache.turn))
     assert relative_error(got, expected) <= 1e-3
-    if eight:
-        monkeypatch.setattr(prompt, "MANY", 0)
-        assert relative_error(prompt.attend(q, shape, start, Cache(cache.kv, cache.scales)), expected) <= 2e-3
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -185,7 +183,7 @@ def test_real_attention(eight: bool, relative_error: Error) -> None:
     cache = KVCache(8, 128, 4096, dtype=kind, device=DEVICE, fixed=True)
     cache.put(slice(0, 4000), random(4000, 16, 128))
     q = random(m, 4096).half()
-    got = prompt.attend(q, shape, start, Cache(cache.kv, cache.scales))
+    got = prompt.attend(q, shape, start, Cache(cache.kv, cache.scales, cache.turn))
     assert relative_error(got, float64_attention(q, *cache.held(0, 4000), shape, start)) <= (2e-3 if eight else 1e-3)
     for _ in range(20):
-        assert torch.equal(prompt.attend(q, shape, start, Cache(cache.kv, cache.scales)), got)
+        assert torch.equal(prompt.attend(q, shape, start, Cache(cache.kv, cache.scales, cache.turn)), got)
