@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lbq.formats.errors import UsageError
+from lbq.runtime.cache import DecoderState
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.key_units import measure_units
 
@@ -22,16 +23,18 @@ class DecoderEngine:
         cache_dtype: torch.dtype = torch.float32,
         slots: int | None = None,
         layers: Layers | None = None,
+        state: DecoderState | None = None,
     ) -> None:
         """``context``: the most tokens; ``slots``: allocate a cache of this many at once, at least ``context``;
-        ``layers``: what takes several tokens through the layers, in place of the decoder's own."""
+        ``layers``: what takes several tokens through the layers, in place of the decoder's own; ``state``: an empty one
+        on memory that is there already."""
         assert slots is None or slots >= context
         self.context = context
         self._decoder = decoder
         self._layers = layers
-        if cache_dtype == torch.int8:
+        if cache_dtype == torch.int8 and state is None:
             measure_units(decoder)
-        self._state = decoder.new_state(slots or context, dtype=cache_dtype, fixed=slots is not None)
+        self._state = state or decoder.new_state(slots or context, dtype=cache_dtype, fixed=slots is not None)
 
     @property
     def position(self) -> int:

@@ -124,7 +124,17 @@ class _OnCuda:
         if self._fallback is not None:
             return f"one CUDA graph of the decoder's own kernels: {self._fallback}"
         pdl = ", each launch preparing while the one before it ends (PDL)" if self._plan().pdl else ""
-        return f"fused: one CUDA graph of five launches a layer, tokens chosen on the GPU{pdl}"
+        return f"fused: one CUDA graph of five launches a layer, tokens chosen on the GPU{pdl}; {self._several()}"
+
+    def _several(self) -> str:
+        """How it goes with several texts: what ``fused.step.why_not`` will say of them."""
+        from lbq.runtime.kernels.batch import TOKENS, why_not
+
+        for use in self._uses:
+            trouble = why_not(_shape_of(use.matrix)) if use.matrix.bits < 16 else None
+            if trouble is not None:
+                return f"several texts by a pass each: {use.units} has {trouble}"
+        return f"up to {TOKENS} texts at a time in one pass over the weights"
 
     def _attention(self) -> str:
         """How one token attends, and how a prompt does."""

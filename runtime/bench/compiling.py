@@ -20,8 +20,9 @@ from lbq.runtime.engine_cuda import CudaEngine
 from lbq.runtime.fused.plan import ROLES, Plan, Role
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels import batch
+from lbq.runtime.kernels.batch import BatchTile
 
-BATCH_WARPS = (1, 2, 4, 8)
+BATCH_TILES = tuple(BatchTile(split) for split in (1, 2, 4, 8))
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Job:
     model: Model
     role: Role | Literal["attention", "batch"] | None
     plan: Plan
-    warps: int = 0  # of a program of "batch"
+    tile: BatchTile | None = None  # of "batch"
 
 
 @cache
@@ -53,7 +54,7 @@ def compile_job(job: Job) -> str | None:
         if job.role is None:
             CudaEngine(decoder, 256, graphs=False).decode(1)
         elif job.role == "batch":
-            _launch_batches(decoder, job.warps)
+            _launch_batches(decoder, job.tile)
         else:
             step = FusedStep(decoder, 256, job.plan)
             if job.role == "attention":
@@ -70,13 +71,13 @@ def compile_job(job: Job) -> str | None:
     return None
 
 
-def _launch_batches(decoder: Decoder, warps: int) -> None:
-    """All that ``details.batches`` launches with so many warps a program."""
+def _launch_batches(decoder: Decoder, tile: BatchTile | None) -> None:
+    """All that ``details.batches`` launches with a tile."""
     for weight in step_weights(decoder).values():
         for tokens in (4, 8, 16):
             x = torch.randn(tokens, weight.k, device=decoder.device)
             if batch.why_not(weight) is None:
-                batch.batch(batch.planes(x, weight.bits), weight, warps=warps)
+                batch.batch(batch.planes(x, weight.bits), weight, tile=tile)
 
 
 def jobs_of(model: Model, plans: list[Plan]) -> list[Job]:
@@ -108,7 +109,7 @@ def start_pool(bench: Bench, models: list[Model]) -> list[Future[str | None]]:
         plans = [*search.first_candidates(start_plan(bench)), Plan(pdl=bench.pdl), Plan(pdl=False)]
         jobs += [Job(model, None, Plan()), *jobs_of(model, plans)]
         if model.shape == models[0].shape:
-            jobs += [Job(model, "batch", Plan(), warps) for warps in BATCH_WARPS]
+            jobs += [Job(model, "batch", Plan(), tile) for tile in BATCH_TILES]
     bench.say(f"{len(jobs)} kernels are compiled on {cores} cores meanwhile.")
     return [bench.pool.submit(compile_job, job) for job in jobs]
 

@@ -10,13 +10,14 @@ import torch
 
 from lbq.formats.packing import PackedWeight
 from lbq.runtime.bench.checks import relative_error
-from lbq.runtime.bench.compiling import BATCH_WARPS
+from lbq.runtime.bench.compiling import BATCH_TILES
 from lbq.runtime.bench.context import Bench, Model, state_at
 from lbq.runtime.bench.models import kv_bytes, weight_bytes
 from lbq.runtime.bench.tune import step_weights
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels import batch, gemv
+from lbq.runtime.kernels.batch import BatchTile
 from lbq.runtime.kernels.gemv import ArrangedWeight
 from lbq.runtime.kernels.gemv.reference import gemv as float64_product
 from lbq.runtime.kernels.sample import Chain, Choice, choose
@@ -61,24 +62,26 @@ def batches(bench: Bench, model: Model) -> None:
             passes = _cold(bench, weight, partial(gemv.gemv, gemv.quantize(x, weight.bits)))
             dense = torch.randn(weight.n, weight.k, device=bench.device).bfloat16()
             torchs = bench.clock.seconds([partial(torch.nn.functional.linear, x.bfloat16(), dense)], least=4)
-            cells = f"{best[1]} warps {best[0] * 1e6:.1f} err {error:.1e} | {passes * 1e6:.1f} | {torchs * 1e6:.1f}"
+            cells = (
+                f"{best[1].split} warps {best[0] * 1e6:.1f} err {error:.1e} | {passes * 1e6:.1f} | {torchs * 1e6:.1f}"
+            )
             bench.say(f"| {role} {weight.n}×{weight.k} INT{weight.bits} | {tokens} | {cells} |")
 
 
-def _best_batch(bench: Bench, weight: ArrangedWeight, tokens: int) -> tuple[tuple[float, int], float]:
-    """Seconds and warps of the fastest, and its error."""
+def _best_batch(bench: Bench, weight: ArrangedWeight, tokens: int) -> tuple[tuple[float, BatchTile], float]:
+    """Seconds and tile of the fastest, and its error."""
     x = torch.randn(tokens, weight.k, device=bench.device)
     planes = batch.planes(x, weight.bits)
-    most = batch.warps_for(1, weight.k, weight.bits, bench.sms)
+    most = batch.tile_for(1, weight.k, weight.bits, bench.sms).split
     times = [
-        (_cold(bench, weight, partial(batch.batch, planes, warps=warps)), warps)
-        for warps in BATCH_WARPS
-        if warps <= most
+        (_cold(bench, weight, partial(batch.batch, planes, tile=tile)), tile)
+        for tile in BATCH_TILES
+        if tile.split <= most
     ]
-    best = min(times)
+    best = min(times, key=lambda one: one[0])
     rows = min(weight.n, 4096)
     first = PackedWeight(weight.words[:rows], weight.scales[:rows], weight.bits, weight.group, weight.k)
-    y = batch.batch(planes, weight, warps=best[1])[:, :rows]
+    y = batch.batch(planes, weight, tile=best[1])[:, :rows]
     return best, relative_error(y, float64_product(x, first))
 
 

@@ -11,13 +11,13 @@ import torch
 from lbq.formats.errors import DataError
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
+from lbq.runtime.fused.graphs import StepGraphs
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.fused.tables import device_table
-from lbq.runtime.kernels.sample import Chain, Choice, choose
+from lbq.runtime.kernels.sample import Chain, choose
 from lbq.runtime.text.sampling import BROKEN_LOGITS, SamplingOptions
 
-WARM_UP = 2  # runs before a capture: kernels are compiled then
 AHEAD = 1  # steps that run before the reader has seen what they go on from
 SEEDS = 1 << 63
 
@@ -42,10 +42,8 @@ class FusedEngine(DecoderEngine):
         super().__init__(decoder, context, cache_dtype=cache_dtype, slots=context, layers=layers)
         plan = plan or default_plan(decoder.device)
         self._step = FusedStep(decoder, context, plan)
-        self._pdl = plan.pdl
         self._chain = Chain(decoder.spec.vocab_size, context, decoder.device)
-        self._use_graphs = graphs
-        self._graphs: dict[tuple[Choice | None, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs = StepGraphs(self._step, self._chain, self._state, pdl=plan.pdl, graphs=graphs)
 
     @property
     def launches(self) -> int:
@@ -56,7 +54,7 @@ class FusedEngine(DecoderEngine):
         position = self.position
         assert position < self.context
         self._chain.start(token, position)
-        self._launch(None, position)
+        self._graphs.launch(None, position)
         self._state.length = position + 1
         return self._step.logits
 
@@ -87,7 +85,7 @@ class FusedEngine(DecoderEngine):
         launched = 0
         for i in range(most):
             while launched < min(i + AHEAD, most - 1):
-                self._launch(choice, start + launched)
+                self._graphs.launch(choice, start + launched)
                 launched += 1
                 tokens.ask(start + launched)
             token = tokens.read()
@@ -96,38 +94,6 @@ class FusedEngine(DecoderEngine):
             self._state.length = start + i
             yield token
             self._state.length = min(start + i + 1, start + launched)
-
-    def _launch(self, choice: Choice | None, position: int) -> None:
-        """The step at what the chain holds, which is at ``position``, and the choice of the next token, if any."""
-        short = position < self._step.short_until
-        if not self._use_graphs:
-            self._run(choice, short)
-            return
-        if (choice, short) not in self._graphs:
-            self._graphs[choice, short] = self._captured(choice, short)
-        self._graphs[choice, short].replay()
-
-    def _run(self, choice: Choice | None, short: bool) -> None:
-        logits = self._step.run(self._chain.token, self._chain.position, self._state, short=short)
-        if choice is not None:
-            choose(logits, self._chain, choice, pdl=self._pdl)
-
-    def _captured(self, choice: Choice | None, short: bool) -> torch.cuda.CUDAGraph:
-        chain = self._chain
-        kept = [chain.token.clone(), chain.position.clone(), chain.seen.clone()]  # warming up goes on by some tokens
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                chain.position.copy_(kept[1])
-                self._run(choice, short)
-            for to, was in zip((chain.token, chain.position, chain.seen), kept, strict=True):
-                to.copy_(was)
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run(choice, short)
-        return graph
 
 
 def default_plan(device: torch.device) -> Plan:

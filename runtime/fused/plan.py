@@ -9,6 +9,7 @@ import torch
 
 from lbq.runtime.fused.tables import Table
 from lbq.runtime.kernels.attention import Heads, Short, Split, serves_short, split_for
+from lbq.runtime.kernels.batch import BatchTile, tile_for
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile, tile
 from lbq.runtime.kernels.gemv.tiles import codes_a_column
 
@@ -35,6 +36,25 @@ class Projecting:
 
 
 @dataclass(frozen=True)
+class Batching:
+    """How one projection of several texts runs; ``apart`` as in :class:`Projecting`."""
+
+    tile: BatchTile
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class Several:
+    """What was chosen for steps of several texts; what is None follows the rule."""
+
+    qkv: Batching | None = None
+    out: Batching | None = None
+    gate_up: Batching | None = None
+    down: Batching | None = None
+    head: Batching | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What was chosen; what is None follows the table, and where that says nothing the rule."""
 
@@ -46,6 +66,7 @@ class Plan:
     split: Split | None = None
     eight: Split | None = None  # of int8 caches
     short: Short | None = None
+    several: Several = Several()
     pdl: bool = False  # programmatic dependent launch, sm_90 on
     table: Table | None = None  # what was measured on this GPU
 
@@ -59,15 +80,22 @@ class Plan:
             return Projecting(measured.tile, measured.apart, measured.ahead, measured.early)
         return _rule(role, weight, sm_count)
 
-    def splitting(self, heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16) -> Split:
-        """How attention of ``heads`` cuts a cache of ``dtype``."""
+    def splitting(self, heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16, texts: int = 1) -> Split:
+        """How attention of ``heads`` cuts a cache of ``dtype``; of several texts into fewer parts each, though one may
+        be long."""
         eight = dtype == torch.int8
         chosen = self.eight if eight else self.split
-        if chosen is not None:
-            return chosen
-        measured = self.table.heads(heads) if self.table else None
-        found = measured and (measured.eight if eight else measured.split)
-        return found or split_for(heads, sm_count, dtype)
+        if chosen is None:
+            measured = self.table.heads(heads) if self.table else None
+            if measured is not None:
+                chosen = measured.eight if eight else measured.split
+        chosen = chosen or split_for(heads, sm_count, dtype)
+        return replace(chosen, splits=max(1, min(chosen.splits, 2 * chosen.splits // texts)))
+
+    def batching(self, role: Role, weight: ArrangedWeight, sm_count: int) -> Batching:
+        """How ``role`` runs on ``weight`` for several texts."""
+        chosen: Batching | None = getattr(self.several, role)
+        return chosen or Batching(tile_for(weight.n, weight.k, weight.bits, sm_count))
 
     def shortening(self, heads: Heads) -> Short | None:
         """How ``heads`` attend to a short text in one part; None where they cannot."""

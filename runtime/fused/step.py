@@ -3,6 +3,9 @@
 qkv · attention (norm and rope of q and k, the cache's new entry, merge) · out + residual · gate/up + activation ·
 down + residual; an embedding before them and a head behind. What a launch hands to the next one are int8 planes of
 activations, in buffers that layers share: each is read before it is written again.
+
+A step is of one text, or of a few: their products then are those of ``kernels.batch``, one pass over the weights, and
+everything else has an axis of texts.
 """
 
 from __future__ import annotations
@@ -14,19 +17,21 @@ import torch
 from lbq.runtime.attention import AttentionMixer
 from lbq.runtime.cache import DecoderState, KVCache
 from lbq.runtime.decoder import Decoder, DecoderLayer
-from lbq.runtime.fused.plan import ROLES, Plan, Projecting, Role
-from lbq.runtime.kernels import attention, planes
+from lbq.runtime.fused.plan import ROLES, Batching, Plan, Projecting, Role
+from lbq.runtime.kernels import attention, batch, planes
 from lbq.runtime.kernels.attention import Cache, Heads, Norms, Scratch, Short, Split
 from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
-from lbq.runtime.kernels.gemv import ArrangedWeight, sm_count
+from lbq.runtime.kernels.gemv import BLOCK, ArrangedWeight, sm_count
 from lbq.runtime.kernels.planes import Activations, Normed
 from lbq.runtime.kernels.project import Activation, Kind, arrivals, project, project_dense
 from lbq.runtime.norm import RmsNorm
 from lbq.runtime.rope import Rotary
 
 
-def why_not(decoder: Decoder) -> str | None:
-    """Why this step cannot run ``decoder``, in words, or None where it can."""
+def why_not(decoder: Decoder, texts: int = 1) -> str | None:
+    """Why this step cannot run ``decoder`` on so many texts at a time, in words, or None where it can."""
+    if texts > batch.TOKENS:
+        return f"{texts} texts at a time: it has room for {batch.TOKENS}"
     if decoder.embedding.dtype not in (torch.bfloat16, torch.float16):
         return f"its embedding is {decoder.embedding.dtype}"
     for i, layer in enumerate(decoder.layers):
@@ -40,10 +45,25 @@ def why_not(decoder: Decoder) -> str | None:
         for name, linear in units.items():
             if not isinstance(linear, CudaLinear) or linear.exact:
                 return f"layer {i}: the {name} projection runs by {linear.kernel}"
+            if texts > 1 and (trouble := batch.why_not(linear.weight)):
+                return f"layer {i}: the {name} projection has {trouble}, which one pass for several texts cannot read"
     head = decoder.head
     if not isinstance(head, CudaLinear | DenseCudaLinear) or head.exact:
         return f"the head runs by {head.kernel}"
+    if texts > 1 and isinstance(head, CudaLinear) and (trouble := batch.why_not(head.weight)):
+        return f"the head has {trouble}, which one pass for several texts cannot read"
     return None
+
+
+KINDS: dict[Role, Kind] = {"out": "add", "down": "add", "gate_up": "gated", "qkv": "store", "head": "store"}
+
+
+def write_planes(y: torch.Tensor, to: Normed | Activations | None, *, pdl: bool) -> None:
+    """By a launch of their own."""
+    if isinstance(to, Normed):
+        planes.norm(y, to, pdl=pdl)
+    elif to is not None:
+        planes.plain(y, to, pdl=pdl)
 
 
 @dataclass(frozen=True)
@@ -62,13 +82,12 @@ class Product:
 
     def launch(self, *, pdl: bool) -> None:
         """The product, and where it is done apart the writing of its planes."""
-        kinds: dict[Role, Kind] = {"out": "add", "down": "add", "gate_up": "gated", "qkv": "store", "head": "store"}
         project(
             self.x,
             self.weight,
             self.bias,
             self.y,
-            kind=kinds[self.role],
+            kind=KINDS[self.role],
             tile=self.how.tile,
             to=None if self.how.apart else self.to,
             counters=self.counters,
@@ -77,12 +96,40 @@ class Product:
             ahead=self.how.ahead,
             early=self.how.early,
         )
-        if not self.how.apart:
-            return
-        if isinstance(self.to, Normed):
-            planes.norm(self.y, self.to, pdl=pdl)
-        elif self.to is not None:
-            planes.plain(self.y, self.to, pdl=pdl)
+        if self.how.apart:
+            write_planes(self.y, self.to, pdl=pdl)
+
+
+@dataclass(frozen=True)
+class BatchProduct:
+    """One projection of several texts, ready to launch."""
+
+    weight: ArrangedWeight
+    bias: torch.Tensor | None
+    role: Role
+    how: Batching
+    x: Activations
+    y: torch.Tensor
+    to: Normed | Activations | None = None
+    counters: torch.Tensor | None = None
+    activation: Activation = "silu"
+
+    def launch(self, *, pdl: bool) -> None:
+        """The product, and where it is done apart the writing of its planes."""
+        batch.product(
+            self.x,
+            self.weight,
+            self.bias,
+            self.y,
+            kind=KINDS[self.role],
+            tile=self.how.tile,
+            to=None if self.how.apart else self.to,
+            counters=self.counters,
+            activation=self.activation,
+            pdl=pdl,
+        )
+        if self.how.apart:
+            write_planes(self.y, self.to, pdl=pdl)
 
 
 @dataclass(frozen=True)
@@ -106,34 +153,38 @@ class Attending:
     eight: Cut  # of int8 caches
     short: Short | None  # None: this way cannot serve these heads
     to: Activations
+    whole: torch.Tensor | None = None  # float32 [texts, heads · dim], where a head is no whole blocks of ``to``
 
     def launch(self, position: torch.Tensor, cache: KVCache, *, pdl: bool, short: bool = False) -> None:
         """``short``: the way made for short texts, where there is one; none reads int8."""
+        to = self.to if self.whole is None else self.whole
         held = Cache(cache.kv, cache.scales, cache.turn)
         text = (self.qkv, self.heads, self.q_norm, self.k_norm, self.angles, position, held)
         if short and self.short is not None and cache.scales is None:
-            attention.attend_short(*text, self.short, self.to, pdl=pdl)
+            attention.attend_short(*text, self.short, to, pdl=pdl)
         else:
             cut = self.cut if cache.scales is None else self.eight
-            attention.attend(*text, cut.scratch, cut.split, self.to, pdl=pdl)
+            attention.attend(*text, cut.scratch, cut.split, to, pdl=pdl)
+        if self.whole is not None:
+            planes.plain(self.whole, self.to, pdl=pdl)
 
 
 @dataclass(frozen=True)
 class StepLayer:
     """The five launches of one layer."""
 
-    qkv: Product
+    qkv: Product | BatchProduct
     attention: Attending
-    out: Product
-    gate_up: Product
-    down: Product
+    out: Product | BatchProduct
+    gate_up: Product | BatchProduct
+    down: Product | BatchProduct
 
 
 class _Buffers:
     """What launches hand on, made once for each shape."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, texts: int) -> None:
+        self._device, self._texts = device, texts
         self._activations: dict[tuple[str, int, int, float | None], Activations] = {}
         self._vectors: dict[tuple[str, int], torch.Tensor] = {}
         self._scratch: dict[tuple[Heads, Split], Scratch] = {}
@@ -141,13 +192,15 @@ class _Buffers:
     def activations(self, name: str, k: int, bits: int, eps: float | None = None) -> Activations:
         key = (name, k, bits, eps)
         if key not in self._activations:
-            self._activations[key] = Activations.empty(k, bits, self._device, eps=eps)
+            block = BLOCK if self._texts == 1 else batch.tile_codes(bits)
+            self._activations[key] = Activations.empty(k, bits, self._device, eps=eps, tokens=self._texts, block=block)
         return self._activations[key]
 
     def vector(self, name: str, n: int) -> torch.Tensor:
-        """float32 [n]."""
+        """float32 [n], of several texts [texts, n]."""
         if (name, n) not in self._vectors:
-            self._vectors[name, n] = torch.empty(n, dtype=torch.float32, device=self._device)
+            shape = (n,) if self._texts == 1 else (self._texts, n)
+            self._vectors[name, n] = torch.empty(shape, dtype=torch.float32, device=self._device)
         return self._vectors[name, n]
 
     def counters(self, n: int) -> torch.Tensor:
@@ -157,20 +210,20 @@ class _Buffers:
 
     def scratch(self, heads: Heads, split: Split) -> Scratch:
         if (heads, split) not in self._scratch:
-            self._scratch[heads, split] = Scratch.empty(heads, split, self._device)
+            self._scratch[heads, split] = Scratch.empty(heads, split, self._device, self._texts)
         return self._scratch[heads, split]
 
 
 class FusedStep:
     """The launches of one decoder's step; ``run`` allocates nothing and reads nothing on the host."""
 
-    def __init__(self, decoder: Decoder, slots: int, plan: Plan) -> None:
-        """For positions below ``slots``, the length of the caches. ``why_not(decoder)`` must be None."""
-        assert why_not(decoder) is None
-        self._decoder, self._plan, self._slots = decoder, plan, slots
+    def __init__(self, decoder: Decoder, slots: int, plan: Plan, texts: int = 1) -> None:
+        """For positions below ``slots``, the length of the caches. ``why_not(decoder, texts)`` must be None."""
+        assert why_not(decoder, texts) is None
+        self._decoder, self._plan, self._slots, self._texts = decoder, plan, slots, texts
         self._device = decoder.device
         self._sms = sm_count(self._device)
-        self._buffers = _Buffers(self._device)
+        self._buffers = _Buffers(self._device, texts)
         self._angles: dict[Rotary, tuple[torch.Tensor, torch.Tensor]] = {}
         self._x = self._buffers.vector("x", decoder.spec.hidden_size)
         self.logits = self._buffers.vector("logits", decoder.spec.vocab_size)
@@ -183,11 +236,11 @@ class FusedStep:
         if isinstance(head, CudaLinear):
             self.head = self._product("head", head, self._last.to, self.logits)
 
-    def products(self, role: Role) -> list[Product]:
+    def products(self, role: Role) -> list[Product | BatchProduct]:
         """The projections of ``role``: one a layer, or the head's where it is packed."""
         if role == "head":
             return [] if self.head is None else [self.head]
-        found: list[Product] = [getattr(layer, role) for layer in self.layers]
+        found: list[Product | BatchProduct] = [getattr(layer, role) for layer in self.layers]
         return found
 
     @property
@@ -195,7 +248,8 @@ class FusedStep:
         """Kernels a step."""
         layers = [product for role in ROLES if role != "head" for product in self.products(role)]
         apart = sum(product.how.apart and product.to is not None for product in layers)
-        return 2 + len(layers) + len(self.layers) + apart
+        attentions = sum(1 if layer.attention.whole is None else 2 for layer in self.layers)
+        return 2 + len(layers) + attentions + apart
 
     @property
     def short_until(self) -> int:
@@ -208,8 +262,9 @@ class FusedStep:
     ) -> torch.Tensor:
         """Take in ``token`` at ``position``, int64 [1] on the device: logits, float32 [V], the same tensor every time.
 
-        ``state``'s caches are fixed and of ``slots``; its ``length`` stays as it is. ``short``: attend as to a short
-        text; None: if the text that ``state`` holds is one.
+        Of several texts all of these have an axis for them in front, and so have the caches. ``state``'s caches are
+        fixed and of ``slots``; its ``length`` stays as it is. ``short``: attend as to a short text; None: if the text
+        that ``state`` holds is one.
         """
         pdl = self._plan.pdl
         short = state.length < self.short_until if short is None else short
@@ -229,7 +284,15 @@ class FusedStep:
             squares = self._last.to.squares
             assert squares is not None
             project_dense(
-                self._x, self._last.weight, squares, self._last.to.eps, head.weight, head.bias, self.logits, pdl=pdl
+                self._x,
+                self._last.weight,
+                squares,
+                self._last.to.eps,
+                head.weight,
+                head.bias,
+                self.logits,
+                block=self._last.to.planes.block,
+                pdl=pdl,
             )
         return self.logits
 
@@ -248,7 +311,9 @@ class FusedStep:
         seen = buffers.activations("seen", out.k, out.weight.bits)
         between = self._entry(layer.mlp_norm, gate_up)
         gated = buffers.activations("gated", down.k, down.weight.bits)
-        cut, eight = (self._plan.splitting(heads, self._sms, kind) for kind in (torch.float16, torch.int8))
+        kinds = (torch.float16, torch.int8)
+        cut, eight = (self._plan.splitting(heads, self._sms, kind, self._texts) for kind in kinds)
+        whole = None if heads.dim % seen.planes.block == 0 or self._texts == 1 else buffers.vector("attended", out.k)
         return StepLayer(
             self._product("qkv", mixer.qkv, entry.to, qkv),
             Attending(
@@ -261,6 +326,7 @@ class FusedStep:
                 Cut(eight, buffers.scratch(heads, eight)),
                 self._plan.shortening(heads),
                 seen,
+                whole,
             ),
             self._product("out", out, seen, self._x, between),
             self._product("gate_up", gate_up, between.to, buffers.vector("gated", down.k), gated, layer.mlp.activation),
@@ -275,12 +341,27 @@ class FusedStep:
         y: torch.Tensor,
         to: Normed | Activations | None = None,
         activation: Activation = "silu",
-    ) -> Product:
+    ) -> Product | BatchProduct:
         assert isinstance(linear, CudaLinear)
+        if self._texts > 1:
+            return self._batched(role, linear, x, y, to, activation)
         how = self._plan.projecting(role, linear.weight, self._sms)
         shared = to is not None and not how.apart and how.outputs(role) % 32 != 0
         counters = self._buffers.counters(y.numel()) if shared else None
         return Product(linear.weight, linear.bias, role, how, x, y, to, counters, activation)
+
+    def _batched(
+        self,
+        role: Role,
+        linear: CudaLinear,
+        x: Activations,
+        y: torch.Tensor,
+        to: Normed | Activations | None,
+        activation: Activation,
+    ) -> BatchProduct:
+        how = self._plan.batching(role, linear.weight, self._sms)
+        counters = self._buffers.counters(y.shape[1]) if to is not None and not how.apart else None
+        return BatchProduct(linear.weight, linear.bias, role, how, x, y, to, counters, activation)
 
     def _table(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines float32 [slots, dims/2] of all positions, as the decoder itself computes them."""

@@ -61,7 +61,11 @@ def test_a_gpu_that_is_not_here(make_tiny):
     assert all("multiprocessors" in each.ways[0].why for each in found.units)
     plain = explained(make_tiny("llama3-rope").weights, UNFUSED)
     assert "without the fused step" in plain.step
-    assert [way.tokens for way in plain.units[0].ways] == ["1", "2 – 16", "17 or more"]
+    assert [way.tokens for way in plain.units[0].ways] == ["1", "2 – 96", "97 or more"]
+    assert "up to 16 texts at a time in one pass over the weights" in found.step
+    three = explained(make_tiny("llama3-rope", bits=3).weights, GPU)
+    assert [way.tokens for way in three.units[0].ways] == ["1", "2 – 16", "17 or more"]
+    assert "several texts by a pass each: model.layers.*.self_attn.{q_proj,k_proj,v_proj} has 3-bit codes" in three.step
 
 
 def test_how_prompts_attend(make_tiny):

@@ -1,10 +1,13 @@
 """A few tokens' product with packed weights in one pass over the weights, on int8 tensor cores: see ``triton``.
 
 As in ``gemv`` activations are two int8 planes and sums under one scale exact; but one scale is for the 128 elements (64
-before INT8) that a tensor core adds at once, not for 32.
+before INT8) that a tensor core adds at once, not for 32. ``batch`` is the product alone; ``product`` is a projection of
+a decode step of several texts, which ends in what the next kernel reads: ``project`` for more tokens than one.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from triton import cdiv, next_power_of_2
@@ -12,11 +15,37 @@ from triton import cdiv, next_power_of_2
 from lbq.runtime.kernels.batch import triton as kernels
 from lbq.runtime.kernels.gemv import ArrangedWeight, Planes, quantize, sm_count
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
+from lbq.runtime.kernels.planes import Activations, Normed, launch_options, plane_layout
+from lbq.runtime.kernels.project import Activation, Kind
 
-__all__ = ["TOKENS", "batch", "planes", "warps_for", "why_not"]
+__all__ = ["TOKENS", "BatchTile", "batch", "planes", "product", "tile_codes", "tile_for", "why_not"]
 
 TOKENS = 16
 WARPS_A_PROCESSOR = 16  # with two rows of four words each under way, enough to hide memory's latency
+
+
+@dataclass(frozen=True)
+class BatchTile:
+    """How a product runs: programs of ``blocks`` times 16 rows, ``split`` warps to share a row's tiles.
+
+    Weights of ``depth`` steps, 1 or 2, are on their way while one is multiplied.
+    """
+
+    split: int
+    blocks: int = 1
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.split * self.blocks in (1, 2, 4, 8, 16)
+        assert self.depth in (1, 2)
+
+    @property
+    def warps(self) -> int:
+        return self.split * self.blocks
+
+    def outputs(self, kind: Kind) -> int:
+        """Outputs of a program."""
+        return self.blocks * (8 if kind == "gated" else 16)
 
 
 def tile_codes(bits: int) -> int:
@@ -28,8 +57,9 @@ def why_not(weight: ArrangedWeight) -> str | None:
     """Why this kernel cannot serve ``weight``, or None where it can."""
     if weight.bits == 3:
         return "3-bit codes"
-    if weight.group != weight.k and weight.group % tile_codes(weight.bits):
-        return f"groups of {weight.group}, no multiple of {tile_codes(weight.bits)}"
+    codes = tile_codes(weight.bits)
+    if weight.group != weight.k and weight.group % codes and weight.group not in (32, 64):
+        return f"groups of {weight.group}"
     return None
 
 
@@ -38,40 +68,91 @@ def planes(x: torch.Tensor, bits: int) -> Planes:
     return quantize(x, bits, tile_codes(bits))
 
 
-def warps_for(n: int, k: int, bits: int, sm_count: int) -> int:
-    """Warps that share the 16 rows of a program."""
+def tile_for(n: int, k: int, bits: int, sm_count: int) -> BatchTile:
+    """The rule for a matrix [n, k]."""
     wanted = next_power_of_2(cdiv(WARPS_A_PROCESSOR * sm_count * 16, n))
-    return int(max(1, min(8, wanted, next_power_of_2(cdiv(k, tile_codes(bits)) + 1) // 2)))
+    return BatchTile(int(max(1, min(8, wanted, next_power_of_2(cdiv(k, tile_codes(bits)) + 1) // 2))))
 
 
 def batch(
-    x: Planes, weight: ArrangedWeight, bias: torch.Tensor | None = None, *, warps: int | None = None
+    x: Planes, weight: ArrangedWeight, bias: torch.Tensor | None = None, *, tile: BatchTile | None = None
 ) -> torch.Tensor:
     """W·x + bias for up to TOKENS tokens: float32 [M, N]. ``bias`` is float32 [N]; ``why_not(weight)`` must be None."""
+    y = torch.empty((x.q.shape[0], weight.n), dtype=torch.float32, device=weight.words.device)
+    tile = tile or tile_for(weight.n, weight.k, weight.bits, sm_count(weight.words.device))
+    product(Activations(x), weight, bias, y, kind="store", tile=tile)
+    return y
+
+
+def product(
+    x: Activations,
+    weight: ArrangedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    kind: Kind,
+    tile: BatchTile,
+    to: Normed | Activations | None = None,
+    counters: torch.Tensor | None = None,
+    activation: Activation = "silu",
+    pdl: bool = False,
+) -> None:
+    """W·x + bias of M ≤ TOKENS tokens, float32, ended as ``kind`` says: as ``project.project``, with ``y`` [M, N].
+
+    ``to`` takes planes of the result; programs that own no whole blocks of them then share ``counters``, of
+    ``project.arrivals(N)``. ``why_not(weight)`` must be None.
+    """
+    m, n = y.shape
     assert why_not(weight) is None
-    assert (x.bits, x.k, x.block) == (weight.bits, weight.k, tile_codes(weight.bits))
-    m, n = x.q.shape[0], weight.n
+    assert (x.planes.bits, x.planes.k, x.planes.block) == (weight.bits, weight.k, tile_codes(weight.bits))
+    assert m == x.tokens
     assert m <= TOKENS
-    assert bias is None or (bias.shape == (n,) and bias.dtype == torch.float32)
-    y = torch.empty((m, n), dtype=torch.float32, device=weight.words.device)
-    warps = warps or warps_for(n, weight.k, weight.bits, sm_count(weight.words.device))
-    kernels.batch[(cdiv(n, 16),)](
+    assert y.dtype == torch.float32
+    assert y.is_contiguous()
+    assert weight.n == (2 * n if kind == "gated" else n)
+    assert bias is None or (bias.shape == (weight.n,) and bias.dtype == torch.float32)
+    outputs = tile.outputs(kind)
+    written = to.to if isinstance(to, Normed) else to
+    layout, size = (0, 0, 1.0), 32
+    if written is not None:
+        assert kind == ("add" if isinstance(to, Normed) else "gated")
+        assert (written.tokens, written.planes.k) == (m, n)
+        layout, size = plane_layout(written.planes), written.planes.block
+        assert outputs % size == 0 or (size % outputs == 0 and counters is not None)
+    kernels.batch[(cdiv(n, outputs),)](
         weight.words,
         weight.scales,
-        x.q,
-        x.scales,
+        x.planes.q,
+        x.planes.scales,
+        y if x.squares is None else x.squares,
         y if bias is None else bias,
         y,
+        to.weight if isinstance(to, Normed) else y,
+        x.planes.q if written is None else written.planes.q,
+        y if written is None else written.planes.scales,
+        y if written is None or written.squares is None else written.squares,
+        x.planes.q if counters is None else counters,
         n,
         m,
         K=weight.k,
         G=weight.group,
         BITS=weight.bits,
-        XC=x.q.shape[3],
-        FOURS=cdiv(m, 4),
-        S=warps,
+        XC=x.planes.q.shape[3],
+        FOURS=next_power_of_2(cdiv(m, 4)),
+        S=tile.split,
+        T=tile.blocks,
+        DEPTH=tile.depth,
         HAS_BIAS=bias is not None,
+        NORMED=x.squares is not None,
+        EPS=x.eps,
+        KIND=kind,
+        ACTIVATION=activation,
+        C_OUT=layout[0],
+        XC_OUT=layout[1],
+        FOLD_OUT=layout[2],
+        SIZE_OUT=size,
+        PDL=pdl,
         EMULATE=INTERPRETED,
-        num_warps=warps,
+        num_warps=tile.warps,
+        **launch_options(pdl),
     )
-    return y

@@ -110,16 +110,18 @@ def project_dense(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     *,
+    block: int = 32,
     rows: int = 4,
     warps: int = 4,
     pdl: bool = False,
 ) -> None:
-    """W·rms_norm(x) + bias into ``y`` float32 [N]: ``x`` float32 [K] and its ``squares``, W [N, K] of a 16-bit type."""
-    n, k = weight.shape
-    assert x.shape == norm.shape == (k,)
-    assert y.shape == (n,)
+    """W·rms_norm(x) + bias into ``y`` float32 [M, N]: ``x`` float32 [M, K] and the sums of ``squares`` of its blocks,
+    W [N, K] of a 16-bit type."""
+    (n, k), m = weight.shape, squares.shape[0]
+    assert norm.shape == (k,)
+    assert (x.numel(), y.numel()) == (m * k, m * n)
     assert weight.is_contiguous()
-    kernels.project_dense[(cdiv(n, rows),)](
+    kernels.project_dense[(cdiv(n, rows) * m,)](
         x,
         norm,
         squares,
@@ -127,11 +129,13 @@ def project_dense(
         y if bias is None else bias,
         y,
         n,
+        m,
         K=k,
         BN=rows,
         BK=256 * warps,
         HAS_BIAS=bias is not None,
         EPS=eps,
+        SIZE=block,
         PDL=pdl,
         num_warps=warps,
         **launch_options(pdl),

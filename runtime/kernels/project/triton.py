@@ -28,9 +28,9 @@ def _spread(y, R: tl.constexpr):
 
 
 @triton.jit
-def _squares(squares_ptr, K: tl.constexpr):
-    """The sums of squares of x [K], [⌈K/32⌉] padded with zeros: their sum / K is the mean square."""
-    BLOCKS: tl.constexpr = (K + 31) // 32
+def _squares(squares_ptr, K: tl.constexpr, SIZE: tl.constexpr = 32):
+    """The sums of squares of x [K], [⌈K/SIZE⌉] padded with zeros: their sum / K is the mean square."""
+    BLOCKS: tl.constexpr = (K + SIZE - 1) // SIZE
     b = tl.arange(0, triton.next_power_of_2(BLOCKS))
     return tl.load(squares_ptr + b, mask=b < BLOCKS, other=0.0)
 
@@ -159,7 +159,7 @@ def project(
             _hand_on(whole, norm, block, q_out_ptr, s_out_ptr, squares_out_ptr, N, C_OUT, XC_OUT, FOLD_OUT, KIND, 1)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "M"])
 def project_dense(
     x_ptr,
     norm_ptr,
@@ -168,17 +168,25 @@ def project_dense(
     bias_ptr,
     y_ptr,
     N,
+    M,
     K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EPS: tl.constexpr,
+    SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y [N] = W·(norm ⊙ x)/√(mean(x²) + EPS) + bias in float32; W [N, K] of a 16-bit type: a head that stayed dense."""
+    """y [M, N] = W·(norm ⊙ x)/√(mean(x²) + EPS) + bias in float32; W [N, K] of a 16-bit type: a head that stayed dense.
+
+    A program owns BN rows and one of M tokens, which vary fastest: they share L2. Squares are of SIZE elements each.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(0) % M
+    x_ptr += m * K
+    squares_ptr += m * ((K + SIZE - 1) // SIZE)
+    rows = tl.program_id(0) // M * BN + tl.arange(0, BN)
     safe = tl.minimum(rows, N - 1)
     w_row = w_ptr + safe[None, :].to(tl.int64) * K
     if HAS_BIAS:
@@ -188,7 +196,7 @@ def project_dense(
     w = tl.load(w_row + k[:, None], mask=(k < K)[:, None], other=0.0, eviction_policy="evict_first")
     if PDL:
         tl.extra.cuda.gdc_wait()
-    squares = _squares(squares_ptr, K)
+    squares = _squares(squares_ptr, K, SIZE)
     for k0 in tl.static_range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         if k0 + BK < K:
@@ -203,4 +211,4 @@ def project_dense(
     y = tl.sum(acc, axis=0) * tl.rsqrt(tl.sum(squares, axis=0) / K + EPS)
     if HAS_BIAS:
         y += bias
-    tl.store(y_ptr + rows, y, mask=rows < N)
+    tl.store(y_ptr + m * N + rows, y, mask=rows < N)

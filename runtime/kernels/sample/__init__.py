@@ -90,9 +90,10 @@ class Chain:
     ) -> Choice:
         """How to choose from now on; ``seen``: int64 ids that the penalty is for. A ``temperature`` of 0 is greedy."""
         sampled, penalised = temperature > 0, penalty != 1.0
-        log_min = math.log(min_p) if min_p > 0 else -math.inf
+        # A greedy text among others that are not keeps the best token alone; one without a filter keeps all of them.
+        log_min = 0.0 if not sampled else math.log(min_p) if min_p > 0 else -math.inf
         self.settings.copy_(torch.tensor([1 / temperature if sampled else 1.0, log_min, top_p, penalty]))
-        self.top_k.fill_(min(top_k, self.vocabulary))
+        self.top_k.fill_(min(top_k or self.vocabulary, self.vocabulary))
         self.seed.fill_(seed)
         if penalised:
             self.seen.zero_().index_fill_(1, seen.to(self.seen.device), 1)

@@ -35,30 +35,36 @@ def mma(a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray]) -> list[n
 
 def execute(text: str, operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The few instructions that the assembly uses."""
-    registers = dict(operands)
+    registers = {**operands, "%laneid": LANES}
     for line in re.sub(r"^\{|\}$", "", text.strip()).split(";"):
-        words = re.findall(r"[a-z][\w.]*|\$\d+|-?\d+", line)
+        words = re.findall(r"[a-z][\w.]*|[$%]\w+|-?\d+", line)
         if not words or line.strip().startswith(".reg"):
             continue
         values = [registers[w] if w in registers else np.full(32, int(w)) if w.isdigit() else None for w in words]
         if words[0].startswith("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"):
             results = mma(values[5:9], values[9:11], values[11:15])
             registers.update(zip(words[1:5], results, strict=True))
-        elif words[0] == "mad.lo.s32":
-            registers[words[1]] = values[2] * values[3] + values[4]
-        else:
-            assert words[0] in ("mov.b32", "cvt.rn.f32.s32")
-            registers[words[1]] = values[2]
+            continue
+        registers[words[1]] = {
+            "mad.lo.s32": lambda a, b, c: a * b + c,
+            "and.b32": lambda a, b: a & b,
+            "shr.u32": lambda a, b: a >> b,
+            "setp.eq.u32": lambda a, b: a == b,
+            "selp.b32": lambda a, b, c: np.where(c, a, b),
+            "mov.b32": lambda a: a,
+            "mov.u32": lambda a: a,
+            "cvt.rn.f32.s32": lambda a: a,
+        }[words[0]](*values[2:])
     return registers
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_products_of_a_tile_by_four_tokens(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "parts"), [(4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4)])
+def test_products_of_a_tile_by_four_tokens(bits: int, parts: int) -> None:
     random = np.random.default_rng(bits)
     halves = 8 // bits
     # Opened words [halves, 16 words, 8 rows] of two blocks of rows, and planes [halves, 16 words, 8 = 4 tokens × 2].
     low, high, x = (random.integers(-(2**31), 2**31, (halves, 16, 8)).astype(np.int64) for _ in range(3))
-    text, constraints = _assembly(bits)
+    text, constraints = _assembly(bits, parts)
     assert constraints == ",".join(["=f"] * 8 + ["r"] * 12 * halves)
     operands, number = {}, 8
     for tensor in (low, high, x):
@@ -68,7 +74,8 @@ def test_products_of_a_tile_by_four_tokens(bits: int) -> None:
                 number += 1
     results = execute(text, operands)
     for first, rows in ((0, low), (4, high)):
-        sums = np.einsum("hkgb,hknb->gn", bytes_of(rows), bytes_of(x))
-        both = sums[:, 0::2] * 254 + sums[:, 1::2]  # [8 rows, 4 tokens]
-        assert np.array_equal(results[f"${first}"], both[GROUP, THREAD])
-        assert all(not results[f"${first + i}"].any() for i in (1, 2, 3))
+        for part in range(4):
+            its = slice(16 // parts * part, 16 // parts * (part + 1))  # the words of this part; none past the last
+            sums = np.einsum("hkgb,hknb->gn", bytes_of(rows)[:, its], bytes_of(x)[:, its])
+            both = sums[:, 0::2] * 254 + sums[:, 1::2]  # [8 rows, 4 tokens]
+            assert np.array_equal(results[f"${first + part}"], both[GROUP, THREAD])

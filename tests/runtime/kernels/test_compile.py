@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 from lbq.runtime.kernels.attention import short
 from lbq.runtime.kernels.attention import triton as attention
+from lbq.runtime.kernels.batch import BatchTile
 from lbq.runtime.kernels.batch import triton as batch
 from lbq.runtime.kernels.dense import triton as dense
 from lbq.runtime.kernels.dequant import triton as dequant
@@ -203,6 +204,35 @@ def _attend_short(capability: int, group: int, dim: int, block: int, warps: int,
     return _compile(short.attend_short, capability, warps, types, constants)
 
 
+def _batch(capability: int, kind: str, bits: int, group: int, fours: int, chosen: BatchTile, *, pdl: bool) -> Any:
+    """A projection of several texts, K = 4096, whose outputs go on as planes for INT4, or nowhere."""
+    pointers = ["w", "s", "q", "xs", "squares", "bias", "y", "norm", "q_out", "s_out", "squares_out", "arrivals"]
+    types = {f"{name}_ptr": "*fp32" for name in pointers}
+    types |= {"w_ptr": "*i32", "s_ptr": "*bf16", "q_ptr": "*i32", "q_out_ptr": "*i32", "arrivals_ptr": "*i32"}
+    constants = {
+        "K": 4096,
+        "G": group,
+        "BITS": bits,
+        "XC": plane_columns(4096, bits),
+        "FOURS": fours,
+        "S": chosen.split,
+        "T": chosen.blocks,
+        "DEPTH": chosen.depth,
+        "HAS_BIAS": True,
+        "NORMED": kind != "add",
+        "EPS": 1e-5,
+        "KIND": kind,
+        "ACTIVATION": "silu",
+        "C_OUT": 0 if kind == "store" else 8,
+        "XC_OUT": plane_columns(4096, 4),
+        "FOLD_OUT": 0.0625,
+        "SIZE_OUT": 128,
+        "PDL": pdl,
+        "EMULATE": False,
+    }
+    return _compile(batch.batch, capability, chosen.warps, {**types, "N": "i32", "M": "i32"}, constants)
+
+
 SHARED, WHOLE = Tile(2, 128, 1), Tile(32, 128, 8)  # several programs a block of 32 outputs, or whole blocks a program
 SOME = [86, 90]  # for kernels that differ little from those compiled for all
 
@@ -284,8 +314,8 @@ def test_the_small_kernels_of_a_fused_step(capability: int, tmp_path: Path) -> N
     plain = {name: kind for name, kind in stream.items() if name not in ("norm_ptr", "squares_ptr")}
     _check(_compile(planes.plain, capability, 4, {**plain, **size}, layout), tmp_path)
     dense_types = {f"{name}_ptr": "*fp32" for name in ("x", "norm", "squares", "w", "bias", "y")}
-    constants = {"K": 2048, "BN": 4, "BK": 1024, "HAS_BIAS": False, "EPS": 1e-6, "PDL": False}
-    dense_types |= {"w_ptr": "*bf16", "N": "i32"}
+    constants = {"K": 2048, "BN": 4, "BK": 1024, "HAS_BIAS": False, "EPS": 1e-6, "SIZE": 32, "PDL": False}
+    dense_types |= {"w_ptr": "*bf16", "N": "i32", "M": "i32"}
     loads = _check(_compile(project.project_dense, capability, 4, dense_types, constants), tmp_path, 16384)
     assert all(VECTOR in load for load in loads if "evict_first" in load)
 
@@ -313,12 +343,15 @@ def test_sampling(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capability", SM_COUNTS)
 def test_batches(capability: int, tmp_path: Path) -> None:
-    types = {"w_ptr": "*i32", "s_ptr": "*bf16", "q_ptr": "*i32", "xs_ptr": "*fp32", "bias_ptr": "*fp32"}
-    types |= {"y_ptr": "*fp32", "N": "i32", "M": "i32"}
-    for bits, fours, warps in [(4, 2, 2), (4, 4, 8), (8, 2, 4)][: None if capability in SOME else 1]:
-        constants = {"K": 4096, "G": 4096 if bits == 8 else 256, "BITS": bits, "XC": plane_columns(4096, bits)}
-        constants |= {"FOURS": fours, "S": warps, "HAS_BIAS": True, "EMULATE": False}
-        compiled = _compile(batch.batch, capability, warps, types, constants)
+    cases = [
+        (4, 256, 2, BatchTile(2), "add"),
+        (4, 256, 4, BatchTile(8), "store"),
+        (8, 4096, 2, BatchTile(4), "gated"),
+        (4, 64, 1, BatchTile(2, 4, 2), "gated"),
+    ]
+    for bits, group, fours, chosen, kind in cases[: None if capability in SOME else 1]:
+        warps = chosen.warps
+        compiled = _batch(capability, kind, bits, group, fours, chosen, pdl=False)
         loads = _check(compiled, tmp_path)
         weights = [load for load in loads if "evict_first" in load]
         assert weights

@@ -14,11 +14,12 @@ FILES = [
     [f"kernels/test_{name}.py" for name in ("gemv", "dequant", "dense", "cuda_linear", "planes", "project", "batch")],
     ["kernels/test_attention.py", "kernels/test_sample.py", "test_fused.py"],
     ["kernels/test_prompt.py", "test_prompts.py"],
+    ["test_fused_batch.py"],
     ["test_explain.py", "bench/test_decode.py", "bench/test_profile.py"],
 ]
 
 
-@pytest.mark.parametrize("names", FILES, ids=["products", "steps", "prompts", "bench"])
+@pytest.mark.parametrize("names", FILES, ids=["products", "steps", "prompts", "texts", "bench"])
 def test_under_the_interpreter(names: list[str]) -> None:
     folder = HERE.parent
     files = [str(folder / name) for name in names]

@@ -1,0 +1,204 @@
+"""Several texts at a time on a CUDA device: one fused step for all of them, tokens chosen and fed back there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from copy import copy
+
+import torch
+
+from lbq.formats.errors import DataError
+from lbq.runtime.cache import DecoderState, MixerState
+from lbq.runtime.decoder import Decoder, Layers
+from lbq.runtime.engine import DecoderEngine
+from lbq.runtime.fused.engine import SEEDS, default_plan
+from lbq.runtime.fused.graphs import Step, StepGraphs
+from lbq.runtime.fused.plan import Plan
+from lbq.runtime.fused.step import FusedStep, why_not
+from lbq.runtime.kernels.sample import Chain, Choice, choose
+from lbq.runtime.key_units import measure_units
+from lbq.runtime.text.sampling import BROKEN_LOGITS, SamplingOptions
+
+
+class StepInTurn:
+    """A fused step for each text after the other: for weights that one pass cannot serve several texts of."""
+
+    def __init__(self, decoder: Decoder, slots: int, plan: Plan, texts: int) -> None:
+        self._one, self._texts = FusedStep(decoder, slots, plan), texts
+        self.logits = self._one.logits.new_empty((texts, decoder.spec.vocab_size))
+        self.short_until = self._one.short_until
+
+    @property
+    def launches(self) -> int:
+        return self._texts * (self._one.launches + 1)
+
+    def run(
+        self, token: torch.Tensor, position: torch.Tensor, state: DecoderState, *, short: bool | None = None
+    ) -> torch.Tensor:
+        """As :meth:`FusedStep.run`, of several texts."""
+        for i in range(self._texts):
+            at = slice(i, i + 1)
+            self.logits[i].copy_(self._one.run(token[at], position[at], state_of(state, i), short=short))
+        return self.logits
+
+
+def state_of(state: DecoderState, text: int) -> DecoderState:
+    """The part of one text, on the same memory."""
+    return DecoderState(state.context, [_part(layer, text) for layer in state.layers])
+
+
+def _part(layer: MixerState, text: int) -> MixerState:
+    part = copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, torch.Tensor):
+            setattr(part, name, value[text])
+    return part
+
+
+def _stacked(layer: MixerState, texts: int) -> MixerState:
+    """An empty state of one text as one of several."""
+    for name, value in vars(layer).items():
+        if isinstance(value, torch.Tensor):
+            setattr(layer, name, value.new_zeros((texts, *value.shape)))
+    return layer
+
+
+def several_state(decoder: Decoder, slots: int, texts: int, dtype: torch.dtype) -> DecoderState:
+    """Empty caches of several texts: those of one with an axis of texts in front."""
+    if dtype == torch.int8:
+        measure_units(decoder)
+    mixers = (layer.mixer for layer in decoder.layers)
+    made = (mixer.new_state(slots, dtype=dtype, device=decoder.device, fixed=True) for mixer in mixers)
+    return DecoderState(slots, [_stacked(state, texts) for state in made])
+
+
+class FusedBatch:
+    """A :class:`lbq.runtime.text.batch.Batch` on a decoder for which ``step.why_not(decoder)`` is None.
+
+    A place whose text has ended goes on by garbage until a new text takes it: a step costs the same whatever ends.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        context: int,
+        places: int,
+        *,
+        cache_dtype: torch.dtype = torch.float16,
+        plan: Plan | None = None,
+        graphs: bool = True,
+        layers: Layers | None = None,
+    ) -> None:
+        """``graphs=False`` launches the same step kernel by kernel, on any device."""
+        plan = plan or default_plan(decoder.device)
+        self.context, self.places = context, places
+        self.fallback = why_not(decoder, places)
+        make = FusedStep if self.fallback is None else StepInTurn
+        self._step: Step = make(decoder, context, plan, places)
+        self._state = several_state(decoder, context, places, cache_dtype)
+        self._texts = [
+            DecoderEngine(decoder, context, state=state_of(self._state, i), layers=layers) for i in range(places)
+        ]
+        self._chain = Chain(decoder.spec.vocab_size, context, decoder.device, places)
+        self._graphs = StepGraphs(self._step, self._chain, self._state, pdl=plan.pdl, graphs=graphs)
+        self._choices: dict[int, Choice] = {}  # of the places in use
+        self._next = [0] * places  # the position of the last token chosen
+        self._asking = _Asking(self._chain.history)
+
+    @property
+    def launches(self) -> int:
+        """Kernels a step, without those that choose tokens."""
+        return self._step.launches
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Of the last step: float32 [places, V]."""
+        return self._step.logits.view(self.places, -1)
+
+    def begin(self, place: int, ids: Sequence[int], sampling: SamplingOptions, *, held: int = 0) -> None:
+        text, part = self._texts[place], self._chain.of_text(place)
+        text._state.length = held
+        logits = text.prefill(ids)
+        self._choices[place] = part.set(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            penalty=sampling.repetition_penalty,
+            seed=torch.Generator().seed() % SEEDS if sampling.seed is None else sampling.seed,
+            seen=torch.tensor(sorted(set(ids)), dtype=torch.int64),
+        )
+        self._next[place] = text.position
+        part.start(0, text.position - 1)
+        choose(logits, part, self._choices[place])
+        self._asking.begin(place, text.position)
+
+    def end(self, place: int) -> None:
+        del self._choices[place]
+        self._next[place] = 0
+        self._chain.of_text(place).start(0, 0)
+
+    def tokens(self, *, more: bool = True) -> list[int | None]:
+        self._asking.ask()
+        if more:
+            self.step()
+        found = self._asking.read()
+        if any(found[place] < 0 for place in self._choices):
+            raise DataError(BROKEN_LOGITS)
+        return [token if place in self._choices else None for place, token in enumerate(found)]
+
+    def step(self) -> None:
+        """Launch a step at the tokens chosen last, and the choice of those behind them."""
+        self._graphs.launch(_joined(self._choices.values()), max(self._next))
+        self._next = [min(at + 1, self.context) for at in self._next]
+        self._asking.launched += 1
+
+
+def _joined(choices: Iterable[Choice]) -> Choice:
+    """The kernels that all of ``choices`` need; texts have settings that make those that they do not need idle."""
+    chosen = list(choices)
+    return Choice(
+        sampled=any(c.sampled for c in chosen),
+        penalty=any(c.penalty for c in chosen),
+        top_k=any(c.top_k for c in chosen),
+        top_p=any(c.top_p for c in chosen),
+    )
+
+
+class _Asking:
+    """Brings the last token of every text from the device's history to the host, on a stream of its own."""
+
+    def __init__(self, history: torch.Tensor) -> None:
+        """``history``: int64 [texts, positions]."""
+        self._history = history.view(-1)
+        self._width = history.shape[1]
+        self._starts = torch.zeros(history.shape[0], dtype=torch.int64, device=history.device)
+        self._side = torch.cuda.Stream(history.device) if history.is_cuda else None
+        self._done = torch.cuda.Event() if history.is_cuda else None
+        self._found = torch.empty(history.shape[0], dtype=torch.int64, pin_memory=history.is_cuda)
+        self.launched = 0  # steps; each puts every text's next token behind its last
+
+    def begin(self, text: int, position: int) -> None:
+        """The last token of ``text`` is at ``position``."""
+        self._starts[text].fill_(text * self._width + position - self.launched)
+
+    def ask(self) -> None:
+        """Ask for the tokens that everything launched so far chooses."""
+        if self._side is None or self._done is None:
+            self._found.copy_(self._last())
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self._found.copy_(self._last(), non_blocking=True)
+            self._done.record()
+
+    def read(self) -> list[int]:
+        """Those asked for."""
+        if self._done is not None:
+            self._done.synchronize()
+        found: list[int] = self._found.tolist()
+        return found
+
+    def _last(self) -> torch.Tensor:
+        at = (self._starts + self.launched).clamp_(max=self._history.numel() - 1)  # where no text is, it goes on
+        return self._history.index_select(0, at)

@@ -1,0 +1,201 @@
+"""Several texts by one fused step: each as the single-text engine has it; see test_interpreted.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from lbq.formats.errors import DataError, UsageError
+from lbq.runtime.batch import OneByOne
+from lbq.runtime.bench.weights import DeviceKernels
+from lbq.runtime.binding import bind
+from lbq.runtime.engine import DecoderEngine
+from lbq.runtime.fused.batch import FusedBatch, StepInTurn
+from lbq.runtime.fused.engine import FusedEngine
+from lbq.runtime.fused.plan import Batching, Plan, Several
+from lbq.runtime.fused.step import FusedStep, why_not
+from lbq.runtime.kernels.attention import Short, Split
+from lbq.runtime.kernels.batch import BatchTile
+from lbq.runtime.kernels.gemv.triton import INTERPRETED
+from lbq.runtime.text.sampling import SamplingOptions
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+Kernels = partial(DeviceKernels, DEVICE)
+CONTEXT = 40
+IDS = [int(i) for i in torch.randint(0, 97, (CONTEXT,), generator=torch.Generator().manual_seed(4))]
+PROMPTS = (IDS[:2], IDS[3:4], IDS[11:15]) if INTERPRETED else (IDS[:9], IDS[3:4], IDS[11:30])
+ON_GPU = pytest.mark.skipif(INTERPRETED, reason="slow there, and the parts of it are tested by others")
+GREEDY = SamplingOptions()
+# Few programs: the interpreter takes a twentieth of a second a program.
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+ONE = {**SMALL, "num_hidden_layers": 1}
+if INTERPRETED:
+    ONE |= {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+SHARED, APART = Batching(BatchTile(1, 2)), Batching(BatchTile(1, 4, 2), apart=True)
+PLANS = {
+    "shared": Plan(split=Split(3, 16, 16), several=Several(SHARED, SHARED, SHARED, SHARED, SHARED)),
+    "apart": Plan(split=Split(3, 16, 16), several=Several(APART, APART, APART, APART, APART), short=Short(until=0)),
+}
+STEPS = 1 if INTERPRETED else 6
+
+
+def batch_of(decoder, places=3, plan="shared", **options) -> FusedBatch:
+    return FusedBatch(decoder, CONTEXT, places, plan=PLANS[plan], graphs=not INTERPRETED, **options)
+
+
+def divergence(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """KL of two rows of logits, in float64."""
+    p, q = expected.double().cpu().log_softmax(0), got.double().cpu().log_softmax(0)
+    return float((p.exp() * (p - q)).sum())
+
+
+def run(batch, sampling=GREEDY, prompts=PROMPTS, steps=STEPS) -> tuple[list[list[int]], torch.Tensor]:
+    """The tokens of each text, and the logits behind the last."""
+    for place, ids in enumerate(prompts):
+        batch.begin(place, ids, replace(sampling, seed=place + 1))
+    rounds = [batch.tokens(more=i < steps - 1) for i in range(steps)]
+    batch.step()
+    return [list(text) for text in zip(*rounds, strict=True)], batch.logits.clone()
+
+
+CASES = [("qwen2-bias", "shared"), ("qwen3-qk-norm", "apart")]
+if not INTERPRETED:
+    CASES = [(family, plan) for plan in PLANS for family in ("llama3-rope", "mistral-window", *(f for f, _ in CASES))]
+
+
+@pytest.mark.parametrize(("family", "plan"), CASES)
+def test_each_text_is_that_of_an_engine_of_its_own(make_tiny, reference_kernels, family, plan):
+    """Against float32 too: texts of different lengths, one longer than the window."""
+    weights = make_tiny(family, **(ONE if INTERPRETED else SMALL)).weights
+    decoder = bind(weights, Kernels()).decoder
+    batch = batch_of(decoder, plan=plan)
+    assert batch.fallback is None
+    texts, logits = run(batch)
+    exact = bind(weights, reference_kernels).decoder
+    for text, prompt, row in zip(texts, PROMPTS, logits, strict=True):
+        reference, alone = DecoderEngine(exact, CONTEXT), DecoderEngine(decoder, CONTEXT)
+        for engine in (reference, alone):
+            expected = engine.prefill(prompt)
+            for token in text:
+                assert float(expected.max() - expected[token]) <= 1e-3
+                expected = engine.decode(token)
+            assert divergence(expected, row) <= 1e-5
+
+
+@ON_GPU
+def test_what_stands_beside_a_text_does_not_matter(make_tiny):
+    decoder = bind(make_tiny("llama3-rope", **ONE).weights, Kernels()).decoder
+    batch = batch_of(decoder)
+    texts, logits = run(batch)
+    others, other_logits = run(batch, prompts=(PROMPTS[0], IDS[20:25], PROMPTS[2]))
+    assert (others[0], others[2]) == (texts[0], texts[2])
+    assert torch.equal(other_logits[[0, 2]], logits[[0, 2]])
+    swapped, swapped_logits = run(batch_of(decoder), prompts=PROMPTS[::-1])
+    assert swapped == texts[::-1]
+    assert torch.equal(swapped_logits, logits.flip(0))
+
+
+def test_a_place_is_taken_again(make_tiny):
+    """A text begins while others are under way, and is the same as among others from the start."""
+    decoder = bind(make_tiny("llama3-rope", **ONE).weights, Kernels()).decoder
+    expected, _ = run(batch_of(decoder), steps=3)
+    batch = batch_of(decoder)
+    for place in (0, 1):
+        batch.begin(place, PROMPTS[place], GREEDY)
+    rounds = [batch.tokens()]
+    assert rounds[0][2] is None
+    batch.end(1)
+    batch.begin(1, PROMPTS[2], GREEDY)
+    rounds += [batch.tokens(), batch.tokens()]
+    assert [row[0] for row in rounds] == expected[0]
+    assert [row[1] for row in rounds[1:]] == expected[2][:2]
+    assert [row[2] for row in rounds] == [None, None, None]
+
+
+@ON_GPU
+def test_drawn_texts_repeat_with_their_seeds(make_tiny):
+    decoder = bind(make_tiny("llama3-rope", **ONE).weights, Kernels()).decoder
+    drawn = SamplingOptions(temperature=1.5, top_k=50, top_p=0.9, repetition_penalty=1.2)
+    texts, _ = run(batch_of(decoder), drawn)
+    assert run(batch_of(decoder), drawn)[0] == texts
+    alone = FusedEngine(decoder, CONTEXT, graphs=not INTERPRETED)
+    stream = alone.stream(alone.prefill(PROMPTS[0]), replace(drawn, seed=1), PROMPTS[0], STEPS)
+    assert list(stream) == texts[0]
+
+
+@ON_GPU
+def test_greedy_among_drawn(make_tiny):
+    decoder = bind(make_tiny("llama3-rope", **ONE).weights, Kernels()).decoder
+    expected, _ = run(batch_of(decoder, 2), prompts=PROMPTS[:2])
+    batch = batch_of(decoder, 2)
+    batch.begin(0, PROMPTS[0], GREEDY)
+    batch.begin(1, PROMPTS[1], SamplingOptions(temperature=1.0, top_k=5, top_p=0.5, seed=1))
+    assert [batch.tokens()[0] for _ in range(STEPS)] == expected[0]
+
+
+@ON_GPU
+def test_keys_and_values_in_int8(make_tiny):
+    decoder = bind(make_tiny("qwen3-qk-norm", **ONE).weights, Kernels()).decoder
+    texts, logits = run(batch_of(decoder, 2, cache_dtype=torch.int8), prompts=PROMPTS[:2])
+    for text, prompt, row in zip(texts, PROMPTS[:2], logits, strict=True):
+        alone = FusedEngine(decoder, CONTEXT, cache_dtype=torch.int8, graphs=not INTERPRETED)
+        alone.prefill(prompt)
+        for token in text:
+            expected = alone.decode(token)
+        assert divergence(expected, row) <= 1e-5
+
+
+def test_weights_that_one_pass_cannot_serve(make_tiny):
+    decoder = bind(make_tiny("llama3-rope", bits=3, **ONE).weights, Kernels()).decoder
+    assert why_not(decoder) is None
+    batch = batch_of(decoder, 2)
+    assert isinstance(batch._step, StepInTurn)
+    assert "3-bit codes" in batch.fallback
+    texts, _ = run(batch, prompts=PROMPTS[:2], steps=2)
+    alone = FusedEngine(decoder, CONTEXT, plan=PLANS["shared"], graphs=not INTERPRETED)
+    for text, prompt in zip(texts, PROMPTS[:2], strict=True):
+        alone.truncate(0)
+        assert list(alone.stream(alone.prefill(prompt), GREEDY, prompt, 2)) == text
+
+
+def test_launches(make_tiny):
+    decoder = bind(make_tiny("llama3-rope", **ONE).weights, Kernels()).decoder
+    shared, apart = (FusedStep(decoder, CONTEXT, plan, 3) for plan in PLANS.values())
+    assert shared.launches == 2 + 4 + 2  # heads of 16 are no whole blocks of planes
+    assert apart.launches == shared.launches + 3
+    assert "room for 16" in why_not(decoder, 17)
+
+
+@ON_GPU
+def test_broken_logits_end_the_batch(make_tiny):
+    model = make_tiny("llama3-rope", **ONE)
+    batch = batch_of(bind(model.weights, Kernels()).decoder, 2)
+    batch.begin(0, PROMPTS[0], GREEDY)
+    batch.begin(1, PROMPTS[1], GREEDY)
+    batch._texts[1]._state.layers[0].kv[1, :, 0] = float("nan")
+    batch.tokens()
+    with pytest.raises(DataError, match="not finite"):
+        batch.tokens()
+    with pytest.raises(UsageError, match="97"):
+        batch.begin(0, [97], GREEDY)
+
+
+@ON_GPU
+def test_engines_one_by_one_have_the_same_manners(make_tiny):
+    decoder = bind(make_tiny("llama3-rope", **ONE).weights, Kernels()).decoder
+    texts, logits = run(OneByOne([DecoderEngine(decoder, CONTEXT) for _ in PROMPTS], "by itself"))
+    expected, rows = run(batch_of(decoder))
+    assert texts == expected
+    torch.testing.assert_close(logits, rows, rtol=0, atol=1e-2 * float(rows.abs().max()))
