@@ -36,6 +36,7 @@ class Artifact:
         self.folder = folder
         self.manifest = manifest
         self.spec = manifest.spec
+        self.quantized = manifest.quantized
         self._checkpoint = checkpoint
 
     def is_quantized(self, module: str) -> bool:

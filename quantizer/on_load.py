@@ -29,6 +29,7 @@ class QuantizedOnLoad:
         self._checkpoint = prepared.checkpoint
         self._device = device
         self._on_progress = on_progress
+        self.quantized = self.plan.quantized
         self._quantized = {step.module: step for step in self.plan.steps if isinstance(step, Quantize)}
         self._dense = {step.name: step for step in self.plan.steps if isinstance(step, Keep)}
 

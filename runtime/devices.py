@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -97,10 +97,7 @@ class CudaDevice:
     note: str | None = None
     kv_cache: CacheKind = "auto"
     fused: bool = True  # decode by ``lbq.runtime.fused`` and take prompts by ``lbq.runtime.prompts`` where they can
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda")
+    device: torch.device = field(default_factory=partial(torch.device, "cuda"))  # or "meta": the same without memory
 
     def cache_dtype(self, context: int, decoder: Decoder | None = None) -> torch.dtype:
         """What keys and values of up to ``context`` tokens are kept as; of a decoder that fuses where none is given."""

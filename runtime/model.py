@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,9 @@ import torch
 
 from lbq.formats.artifact import open_artifact
 from lbq.formats.errors import DeviceError, UsageError
+from lbq.formats.manifest import QuantizedModule
 from lbq.formats.spec import ModelSpec
+from lbq.runtime.ahead import Job, compiled_ahead, job_for
 from lbq.runtime.binding import Bound, KernelUse, Weights, bind
 from lbq.runtime.devices import CacheKind, Device, device_errors, find_device, set_threads
 from lbq.runtime.engines import EnginePool
@@ -74,6 +76,11 @@ class ModelWeights(Weights, Protocol):
 
     @property
     def folder(self) -> Path: ...
+
+    @property
+    def quantized(self) -> Mapping[str, QuantizedModule]:
+        """The linear layers that are codes."""
+        ...
 
     def close(self) -> None:
         """Give back what nobody uses any more."""
@@ -161,7 +168,8 @@ class Model:
             return
         start = time.perf_counter()
         with device_errors():
-            bound = bind(self._weights, self._on)
+            with compiled_ahead(self._job()):
+                bound = bind(self._weights, self._on)
             step_fallback = self._on.step_fallback(bound.decoder)
             if self._strict:
                 _refuse_fallbacks(bound.kernels, step_fallback)
@@ -176,6 +184,11 @@ class Model:
                 raise DeviceError(f"{cache.dtype} keys and values: {cache.fallback}; refused under --strict")
         engines = EnginePool(partial(self._on.engine, bound.decoder, context), context)
         self._ready = _Ready(bound, engines, cache, step_fallback, time.perf_counter() - start)
+
+    def _job(self) -> Job | None:
+        """Kernels that texts will need."""
+        of, sampling = self._weights, self.defaults.sampling
+        return job_for(of.spec, of.quantized, self._on, self._asked_context, sampling)
 
     @property
     def context(self) -> int:

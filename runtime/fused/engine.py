@@ -15,7 +15,8 @@ from lbq.runtime.fused.graphs import StepGraphs
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.fused.tables import device_table
-from lbq.runtime.kernels.sample import Chain, choose
+from lbq.runtime.kernels.gpu import gpu_of
+from lbq.runtime.kernels.sample import Chain, Choice, choose
 from lbq.runtime.text.sampling import BROKEN_LOGITS, SamplingOptions
 
 AHEAD = 1  # steps that run before the reader has seen what they go on from
@@ -43,6 +44,7 @@ class FusedEngine(DecoderEngine):
         plan = plan or default_plan(decoder.device)
         self._step = FusedStep(decoder, context, plan)
         self._chain = Chain(decoder.spec.vocab_size, context, decoder.device)
+        self._pdl = plan.pdl
         self._graphs = StepGraphs(self._step, self._chain, self._state, pdl=plan.pdl, graphs=graphs)
 
     @property
@@ -68,17 +70,9 @@ class FusedEngine(DecoderEngine):
         the repetition penalty is for, beside those chosen. Raises DataError for logits that are not finite.
         """
         start, device = self.position, self._decoder.device
-        choice = self._chain.set(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            penalty=options.repetition_penalty,
-            seed=torch.Generator().seed() % SEEDS if options.seed is None else options.seed,
-            seen=torch.tensor(sorted(set(prompt)), dtype=torch.int64),
-        )
+        choice = self._choice(options, prompt)
         self._chain.start(0, start - 1)
-        choose(logits, self._chain, choice)  # the token at ``start``
+        choose(logits, self._chain, choice, pdl=self._pdl)  # the token at ``start``
         most = min(most, self.context - start)
         tokens = _Tail(self._chain.history[0], device)
         tokens.ask(start)
@@ -95,11 +89,36 @@ class FusedEngine(DecoderEngine):
             yield token
             self._state.length = min(start + i + 1, start + launched)
 
+    def rehearse(self, prompts: Sequence[int], ways: Sequence[SamplingOptions]) -> None:
+        """Launch what prompts of so many tokens do, and steps that choose in these ``ways``; what was held is lost.
+
+        For decoders on ``meta``: whoever hears of launches knows then which kernels there will be.
+        """
+        for options in ways:
+            for short in (True, False):
+                self._graphs.run(self._choice(options, ()), short)
+        for length in prompts:
+            self._state.length = 0
+            ids = torch.zeros(min(length, self.context), dtype=torch.int64, device=self._decoder.device)
+            self._decoder.forward(ids, self._state, layers=self._layers)
+
+    def _choice(self, options: SamplingOptions, prompt: Sequence[int]) -> Choice:
+        """Make ready to choose by ``options`` behind ``prompt``."""
+        return self._chain.set(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            penalty=options.repetition_penalty,
+            seed=torch.Generator().seed() % SEEDS if options.seed is None else options.seed,
+            seen=torch.tensor(sorted(set(prompt)), dtype=torch.int64),
+        )
+
 
 def default_plan(device: torch.device) -> Plan:
     """What was measured on such a GPU, else the rules; with programmatic dependent launch where the GPU has it."""
-    pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return Plan(pdl=pdl, table=device_table(device))
+    gpu = gpu_of(device)
+    return Plan(pdl=gpu is not None and gpu.capability >= (9, 0), table=device_table(device))
 
 
 @dataclass

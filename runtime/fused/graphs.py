@@ -42,13 +42,14 @@ class StepGraphs:
         if any."""
         short = position < self._step.short_until
         if not self._use_graphs:
-            self._run(choice, short)
+            self.run(choice, short)
             return
         if (choice, short) not in self._graphs:
             self._graphs[choice, short] = self._captured(choice, short)
         self._graphs[choice, short].replay()
 
-    def _run(self, choice: Choice | None, short: bool) -> None:
+    def run(self, choice: Choice | None, short: bool) -> None:
+        """The same kernel by kernel, attending as to a short text or not."""
         logits = self._step.run(self._chain.token, self._chain.position, self._state, short=short)
         if choice is not None:
             choose(logits, self._chain, choice, pdl=self._pdl)
@@ -61,11 +62,11 @@ class StepGraphs:
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 chain.position.copy_(kept[1])
-                self._run(choice, short)
+                self.run(choice, short)
             for to, was in zip((chain.token, chain.position, chain.seen), kept, strict=True):
                 to.copy_(was)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._run(choice, short)
+            self.run(choice, short)
         return graph

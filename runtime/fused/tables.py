@@ -21,6 +21,7 @@ from lbq.formats import json_file
 from lbq.runtime.kernels.attention import Heads, Short, Split
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile
 from lbq.runtime.kernels.gemv.tiles import codes_a_column
+from lbq.runtime.kernels.gpu import gpu_of
 
 FOLDER = Path(__file__).parent / "measured"
 NEAR = 1.0  # doublings of N and K together, up to which a measured shape speaks for another
@@ -128,7 +129,5 @@ def table_for(gpu: str, capability: tuple[int, int], multiprocessors: int) -> Ta
 
 def device_table(device: torch.device) -> Table | None:
     """The table for a device; None for a CPU, or where nothing was measured on a GPU like it."""
-    if device.type != "cuda":
-        return None
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return table_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), multiprocessors)
+    gpu = gpu_of(device)
+    return None if gpu is None else table_for(gpu.name, gpu.capability, gpu.multiprocessors)

@@ -18,6 +18,7 @@ from triton import cdiv
 from lbq.formats.packing import PackedWeight
 from lbq.runtime.kernels.gemv import triton as kernels
 from lbq.runtime.kernels.gemv.tiles import Tile, codes_a_column, tile
+from lbq.runtime.kernels.gpu import gpu_of
 
 __all__ = [
     "BLOCK",
@@ -106,10 +107,10 @@ def quantize(x: torch.Tensor, bits: int, block: int = BLOCK) -> Planes:
     return Planes(q, scales, bits, k, block)
 
 
-@cache
 def sm_count(device: torch.device) -> int:
     """Multiprocessors of ``device``; one under the interpreter, whose tensors live on the CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    gpu = gpu_of(device)
+    return 1 if gpu is None else gpu.multiprocessors
 
 
 def gemv(
@@ -130,7 +131,7 @@ def gemv(
     assert out.shape == (m, n)
     assert out.is_contiguous()
     assert bias is None or (bias.shape == (n,) and bias.dtype == torch.float32)
-    chosen = tile or _default_tile(n, weight.k, weight.bits, weight.words.device)
+    chosen = tile or _default_tile(n, weight.k, weight.bits, sm_count(weight.words.device))
     kernels.gemv[(cdiv(n, chosen.rows) * m,)](
         weight.words,
         weight.scales,
@@ -154,5 +155,5 @@ def gemv(
 
 
 @cache
-def _default_tile(n: int, k: int, bits: int, device: torch.device) -> Tile:
-    return tile(n, k, bits, sm_count(device))
+def _default_tile(n: int, k: int, bits: int, sm_count: int) -> Tile:
+    return tile(n, k, bits, sm_count)

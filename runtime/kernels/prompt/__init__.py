@@ -11,7 +11,6 @@ float16's range.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ from triton import cdiv, next_power_of_2
 from lbq.runtime.kernels.attention import Cache, Heads, Norms
 from lbq.runtime.kernels.dequant import dequantize, tiles
 from lbq.runtime.kernels.gemv import ArrangedWeight
+from lbq.runtime.kernels.gpu import gpu_of
 from lbq.runtime.kernels.prompt import triton as kernels
 
 __all__ = [
@@ -297,9 +297,9 @@ def attention_tile(dim: int, m: int, hopper: bool) -> AttentionTile:
     return AttentionTile(128, 64 if hopper else 32, 3, 8)
 
 
-@cache
 def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    gpu = gpu_of(device)
+    return gpu is not None and gpu.capability[0] == 9
 
 
 def multiply(x: Operand, weight: ArrangedWeight, norms: torch.Tensor, bias: torch.Tensor | None) -> Result:
