@@ -1,19 +1,23 @@
 """Kernels compiled while weights are on their way to a GPU, so that a first token does not wait for them one by one.
 
-Triton holds Python's lock while it compiles, so that threads would take turns: processes do it, which share its cache
-on the disk with this one and never touch the GPU. See ``ahead_worker``.
+Triton holds Python's lock while it compiles, so that threads would take turns. Processes do it, forked so that they
+have torch imported (3 s), which share Triton's cache on the disk with this one and never touch the GPU.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-import subprocess
-import sys
+import signal
+import threading
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -25,9 +29,8 @@ from lbq.runtime.kernels.gpu import Gpu, gpu_of
 from lbq.runtime.text.sampling import SamplingOptions
 
 PROMPTS = (16, 40, 128)  # tokens: one pass of int8 tensor cores, several, and float16 ones
-WORKERS = 8  # at most: each has a copy of torch and of the compiler, 0.5 GB
-BOOT = "import json, sys; job = sys.stdin.read(); sys.path[:] = json.loads(sys.argv[1]); "
-BOOT += "from lbq.runtime.ahead_worker import main; main(job, int(sys.argv[2]), int(sys.argv[3]))"
+WORKERS = 8  # at most
+SECONDS = 60.0  # that they are waited for
 
 
 @dataclass(frozen=True)
@@ -66,47 +69,81 @@ def job_for(
 def compiled_ahead(job: Job | None) -> Iterator[None]:
     """Compile the kernels of ``job``, if Triton's cache may lack them, while the block runs; wait for them at its end.
 
-    What does not get compiled is when it is launched, which also says what is wrong with it.
+    What does not get compiled is when it is launched, which also says what is wrong with it. So it is, too, in a
+    program of several threads, which is not forked: what another thread holds would stay held.
     """
     count = min(WORKERS, (os.cpu_count() or 1) - 1)
-    if job is None or count < 1:
+    if job is None or count < 1 or threading.active_count() > 1 or not hasattr(os, "fork"):
         yield
         return
-    data = msgspec.json.encode(job)
-    mark = _mark(data)
+    mark = _mark(job)
     if mark.exists():
         yield
         return
-    workers: list[subprocess.Popen[bytes]] = []
+    turns, ends = os.pipe()
+    workers: list[int] = []
     try:
-        with suppress(OSError):  # no more processes, no such interpreter
-            workers += (_start(data, i, count) for i in range(count))
+        with open(ends, "wb", buffering=0) as file, suppress(OSError):  # no more processes
+            file.write(bytes(range(256)))  # whoever reads a byte compiles the kernel of that number
+            workers += (_fork(job, turns, ends) for _ in range(count))
         yield
-        for worker in workers:
-            worker.wait()
+        _wait(workers)
         with suppress(OSError):  # written whatever came of it: what fails is tried once
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
     finally:
+        os.close(turns)
         for worker in workers:
-            worker.kill()
-            worker.wait()
+            os.kill(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
 
 
-def _start(data: bytes, index: int, count: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", BOOT, msgspec.json.encode(sys.path).decode(), str(index), str(count)]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert worker.stdin is not None
-    with suppress(BrokenPipeError), worker.stdin:
-        worker.stdin.write(data)
-    return worker
+def _fork(job: Job, turns: int, ends: int) -> int:
+    """The id of a process that compiles kernels until there are none left."""
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads that are torch's own: they hold nothing
+            process = os.fork()
+        if process:
+            return process
+        os.close(ends)
+        _work(job, turns, signals)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
-def _mark(data: bytes) -> Path:
+def _work(job: Job, turns: int, signals: set[int | signal.Signals]) -> NoReturn:
+    """In a new process: nothing that belongs to the one it came from is tidied up or written to here."""
+    try:
+        gc.disable()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(nowhere, stream)
+        from lbq.runtime.launches import compile_kernels
+
+        compile_kernels(job, (turn[0] for turn in iter(lambda: os.read(turns, 1), b"")))
+    finally:
+        os._exit(0)
+
+
+def _wait(workers: list[int]) -> None:
+    """For their ends, SECONDS at most; those that ended leave the list."""
+    until = time.monotonic() + SECONDS
+    while workers and time.monotonic() < until:
+        for worker in [each for each in workers if os.waitpid(each, os.WNOHANG)[0]]:
+            workers.remove(worker)
+        time.sleep(0.005)
+
+
+def _mark(job: Job) -> Path:
     """A file in Triton's cache that is there once this very job was done by these very sources."""
     import triton
 
-    digest = sha256(data)
+    digest = sha256(msgspec.json.encode(job))
     digest.update(f"{triton.__version__} {torch.__version__}".encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

@@ -24,7 +24,7 @@ _meant: ContextVar[Gpu | None] = ContextVar("meant", default=None)
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """The GPU that ``device`` is, or of ``meta`` the one that is meant; None for a CPU: kernels are interpreted there."""
+    """The GPU that ``device`` is, or that ``meta`` means; None for a CPU, where kernels are interpreted."""
     return _meant.get() if device.type == "meta" else _described(device)
 
 

@@ -1,4 +1,4 @@
-"""A process that compiles kernels into Triton's cache, for :mod:`lbq.runtime.ahead`: without a GPU, or not using it.
+"""Which kernels a model's texts will launch on a GPU, and compiling them without using it.
 
 Which kernels these are is heard, not listed: the engine itself runs on tensors without memory, and a hook of Triton's
 notes what would be compiled.
@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -143,13 +142,14 @@ def standing_in(gpu: Gpu) -> Iterator[None]:
         driver._active = before
 
 
-def main(data: str, index: int, count: int) -> None:
-    """Compile every ``count``-th kernel of a job, from number ``index`` on."""
-    job = msgspec.json.decode(data, type=Job)
-    kernels = kernels_of(job)[index::count]
+def compile_kernels(job: Job, turns: Iterator[int]) -> None:
+    """Compile those kernels of a job whose numbers ``turns`` gives, until it gives one that there is not."""
+    kernels = kernels_of(job)
     with standing_in(job.gpu):
-        for kernel in kernels:
-            _make_launcher(kernel.compile())
+        for turn in turns:
+            if turn >= len(kernels):
+                return
+            _make_launcher(kernels[turn].compile())
 
 
 def _make_launcher(compiled: Any) -> None:
