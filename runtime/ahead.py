@@ -28,7 +28,7 @@ from lbq.runtime.devices import CUDA_CONTEXT, CudaDevice, Device
 from lbq.runtime.kernels.gpu import Gpu, gpu_of
 from lbq.runtime.text.sampling import SamplingOptions
 
-PROMPTS = (16, 40, 128)  # tokens: one pass of int8 tensor cores, several, and float16 ones
+PROMPTS = (18, 40, 128)  # tokens: whole and begun passes of int8 tensor cores, and float16 ones
 WORKERS = 8  # at most
 SECONDS = 60.0  # that they are waited for
 
@@ -82,16 +82,19 @@ def compiled_ahead(job: Job | None) -> Iterator[None]:
         return
     turns, ends = os.pipe()
     workers: list[int] = []
+    threads = torch.get_num_threads()
     try:
         with open(ends, "wb", buffering=0) as file, suppress(OSError):  # no more processes
             file.write(bytes(range(256)))  # whoever reads a byte compiles the kernel of that number
             workers += (_fork(job, turns, ends) for _ in range(count))
+        torch.set_num_threads(max(1, threads - len(workers)))  # those that read weights wait for the last of them
         yield
         _wait(workers)
         with suppress(OSError):  # written whatever came of it: what fails is tried once
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
     finally:
+        torch.set_num_threads(threads)
         os.close(turns)
         for worker in workers:
             os.kill(worker, signal.SIGKILL)

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -70,6 +70,9 @@ class CpuDevice:
     def check_context(self, decoder: Decoder, context: int) -> None:
         """Nothing: the cache grows with the text."""
 
+    def reserve(self, nbytes: int) -> None:
+        """Nothing: weights stay mapped."""
+
     def cache_fallback(self, decoder: Decoder) -> str | None:  # noqa: ARG002
         """Why keys and values are not read as they are kept, or None where they are."""
         return OPENED if self.kv_cache == "int8" else None
@@ -132,6 +135,12 @@ class CudaDevice:
         """Raise DeviceError for a context whose keys and values the memory that is left does not hold."""
         eight = self.cache_dtype(context, decoder) == torch.int8
         check_fit(context, partial(self._token_bytes, decoder), _free_bytes(), eight=eight)
+
+    def reserve(self, nbytes: int) -> None:
+        """Have torch take this much memory at once, for weights that are going to be moved: a call for each of their
+        matrices takes as long as moving them."""
+        with suppress(torch.OutOfMemoryError):  # what does not fit is said where it is needed
+            torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def cache_fallback(self, decoder: Decoder) -> str | None:
         """Why keys and values are not read as they are kept, or None where they are."""

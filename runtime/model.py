@@ -21,6 +21,7 @@ from lbq.runtime.binding import Bound, KernelUse, Weights, bind
 from lbq.runtime.devices import CacheKind, Device, device_errors, find_device, set_threads
 from lbq.runtime.engines import EnginePool
 from lbq.runtime.explain import Explanation, explain
+from lbq.runtime.needs import needs
 from lbq.runtime.text.chat import ChatTemplate, Message, require_template
 from lbq.runtime.text.generation import (
     Engine,
@@ -169,6 +170,7 @@ class Model:
         start = time.perf_counter()
         with device_errors():
             with compiled_ahead(self._job()):
+                self._on.reserve(needs(self.spec, self._weights.quantized, self._on).weights)
                 bound = bind(self._weights, self._on)
             step_fallback = self._on.step_fallback(bound.decoder)
             if self._strict:

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-CHUNK = 32 << 20  # bytes
-SLOTS = 3  # chunks that are read, waiting or on their way
+CHUNK = 8 << 20  # bytes; pinning memory takes half a millisecond a MB
+SLOTS = 4  # chunks that are read, waiting or on their way
 
 Join = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 

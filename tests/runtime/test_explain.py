@@ -11,6 +11,8 @@ from lbq.formats.manifest import QuantizedModule
 from lbq.runtime.binding import bind
 from lbq.runtime.devices import CpuDevice, CudaDevice
 from lbq.runtime.explain import explain
+from lbq.runtime.kernels import gpu
+from lbq.runtime.kernels.gpu import Gpu
 from lbq.runtime.needs import needs
 
 GPU = CudaDevice(exact=False)
@@ -30,8 +32,9 @@ def pretend(monkeypatch, sms, capability=(9, 0)):
     """Let torch say that there is a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Pretend")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=sms))
+    found = Gpu("Pretend", capability, sms)
+    monkeypatch.setattr(gpu, "_described", lambda device: found if device.type == "cuda" else None)
 
 
 def make_dense(tiny, name):

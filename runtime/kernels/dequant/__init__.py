@@ -28,9 +28,9 @@ def row_norms(weight: ArrangedWeight) -> torch.Tensor:
     zeros. bfloat16 [N], which holds it exactly: whoever multiplies it back reads two bytes an output, and dividing by
     it rounds nothing.
     """
-    exponents = torch.frexp(weight.scales.float().abs().amax(dim=1)).exponent + weight.bits - 1
-    used = weight.scales.count_nonzero(dim=1) > 0
-    return torch.where(used, torch.exp2(exponents.float()), 0.0).bfloat16()
+    largest = torch.linalg.vector_norm(weight.scales, torch.inf, dim=1, dtype=torch.float32)
+    exponents = torch.frexp(largest).exponent + weight.bits - 1
+    return torch.where(largest > 0, torch.exp2(exponents.float()), 0.0).bfloat16()
 
 
 def dequantize(
