@@ -186,7 +186,8 @@ def child(folder: Path, began: float, device: str, *, ahead: bool) -> None:
     cli.main(["run", str(folder), "-p", PROMPT, "--max-tokens", "1", "--device", device], standalone_mode=False)
     clock.at("done")
     clock.tell()
-    print(f"          kernels: {sum(loaded)} loaded, {len(loaded) - sum(loaded)} compiled here", file=sys.stderr)
+    compiled = [name for name, hit in loaded if not hit]
+    print(f"          kernels: {len(loaded)}, of them compiled here: {len(compiled)} {compiled}", file=sys.stderr)
 
 
 def watch(clock: Clock, model: Any) -> None:
@@ -199,8 +200,8 @@ def watch(clock: Clock, model: Any) -> None:
     clock.watch(model.Model, "prompt_ids", "prompt's tokens", tell=True)
 
 
-def watch_gpu(clock: Clock) -> list[bool]:
-    """Whether kernels came from the cache, as they come."""
+def watch_gpu(clock: Clock) -> list[tuple[str, bool]]:
+    """Kernels as they come, and whether from the cache."""
     import torch
 
     torch.zeros(1, device="cuda")
@@ -212,10 +213,10 @@ def watch_gpu(clock: Clock) -> list[bool]:
     from lbq.runtime.upload import Staging
 
     clock.at("Triton and the kernels are imported")
-    loaded: list[bool] = []
+    loaded: list[tuple[str, bool]] = []
 
-    def listener(*, cache_hit: bool, **_: object) -> None:
-        loaded.append(cache_hit)
+    def listener(*, src: Any, cache_hit: bool, **_: object) -> None:
+        loaded.append((src.fn.__name__, cache_hit))
 
     triton.knobs.compilation.listener = listener
     clock.watch(Staging, "join", "read and upload")
