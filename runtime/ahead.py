@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import msgspec
@@ -26,10 +28,11 @@ from lbq.formats.manifest import QuantizedModule
 from lbq.formats.spec import ModelSpec
 from lbq.runtime.devices import CUDA_CONTEXT, CudaDevice, Device
 from lbq.runtime.kernels.gpu import Gpu, gpu_of
+from lbq.runtime.kernels.hashes import settle
 from lbq.runtime.text.sampling import SamplingOptions
 
 PROMPTS = (18, 40, 128)  # tokens: whole and begun passes of int8 tensor cores, and float16 ones
-WORKERS = 8  # at most
+WORKERS = 12  # at most
 SECONDS = 60.0  # that they are waited for
 
 
@@ -73,11 +76,12 @@ def compiled_ahead(job: Job | None) -> Iterator[None]:
     program of several threads, which is not forked: what another thread holds would stay held.
     """
     count = min(WORKERS, (os.cpu_count() or 1) - 1)
-    if job is None or count < 1 or threading.active_count() > 1 or not hasattr(os, "fork"):
+    if job is None:
         yield
         return
+    settle()
     mark = _mark(job)
-    if mark.exists():
+    if mark.exists() or count < 1 or threading.active_count() > 1 or not hasattr(os, "fork"):
         yield
         return
     turns, ends = os.pipe()
@@ -97,8 +101,9 @@ def compiled_ahead(job: Job | None) -> Iterator[None]:
         torch.set_num_threads(threads)
         os.close(turns)
         for worker in workers:
-            os.kill(worker, signal.SIGKILL)
-            os.waitpid(worker, 0)
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(worker, signal.SIGKILL)
+                os.waitpid(worker, 0)
 
 
 def _fork(job: Job, turns: int, ends: int) -> int:
@@ -126,6 +131,10 @@ def _work(job: Job, turns: int, signals: set[int | signal.Signals]) -> NoReturn:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(nowhere, stream)
+        # torch imports its compiler, for seconds, to say of operators on "meta" that they are not to be compiled.
+        without = ModuleType("torch._dynamo")
+        vars(without)["disable"] = lambda function, *_, **__: function
+        sys.modules["torch._dynamo"] = torch._dynamo = without
         from lbq.runtime.launches import compile_kernels
 
         compile_kernels(job, (turn[0] for turn in iter(lambda: os.read(turns, 1), b"")))

@@ -70,7 +70,7 @@ class CpuDevice:
     def check_context(self, decoder: Decoder, context: int) -> None:
         """Nothing: the cache grows with the text."""
 
-    def reserve(self, nbytes: int) -> None:
+    def prepare(self, nbytes: int) -> None:
         """Nothing: weights stay mapped."""
 
     def cache_fallback(self, decoder: Decoder) -> str | None:  # noqa: ARG002
@@ -136,9 +136,12 @@ class CudaDevice:
         eight = self.cache_dtype(context, decoder) == torch.int8
         check_fit(context, partial(self._token_bytes, decoder), _free_bytes(), eight=eight)
 
-    def reserve(self, nbytes: int) -> None:
-        """Have torch take this much memory at once, for weights that are going to be moved: a call for each of their
-        matrices takes as long as moving them."""
+    def prepare(self, nbytes: int) -> None:
+        """For so many bytes of weights that are going to be moved: a call for the memory of each of their matrices
+        takes as long as moving them, so torch takes it at once. And kernels get the hashes by which they are cached."""
+        from lbq.runtime.kernels.hashes import settle
+
+        settle()
         with suppress(torch.OutOfMemoryError):  # what does not fit is said where it is needed
             torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 

@@ -170,7 +170,7 @@ class Model:
         start = time.perf_counter()
         with device_errors():
             with compiled_ahead(self._job()):
-                self._on.reserve(needs(self.spec, self._weights.quantized, self._on).weights)
+                self._on.prepare(needs(self.spec, self._weights.quantized, self._on).weights)
                 bound = bind(self._weights, self._on)
             step_fallback = self._on.step_fallback(bound.decoder)
             if self._strict:

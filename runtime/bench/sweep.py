@@ -266,7 +266,7 @@ class _Measuring:
         if self._bound is None:
             weights = self._variant.open(self._device.device)
             began = time.perf_counter()
-            self._device.reserve(needs(self._variant.spec, self._variant.quantized, self._device).weights)
+            self._device.prepare(needs(self._variant.spec, self._variant.quantized, self._device).weights)
             self._bound = weights, bind(weights, self._device)
             if self._on.kind == "cuda":
                 torch.cuda.synchronize()

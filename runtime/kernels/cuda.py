@@ -5,6 +5,8 @@ Calls are safe to capture in a CUDA graph: no host synchronisation, and memory o
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from lbq.formats.packing import PackedWeight, packed_words
@@ -58,13 +60,17 @@ class CudaLinear:
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None, *, exact: bool = False) -> None:
         self.weight = gemv.arrange(weight)
         self.bias = _checked_bias(bias, weight.n, weight.words.device)
-        self.norms = dequant.row_norms(self.weight)
         self._batched = batch.why_not(self.weight) is None
         self.exact = exact
         self.n, self.k = weight.n, weight.k
-        self.resident_bytes = self.weight.nbytes + self.norms.nbytes
+        self.resident_bytes = self.weight.nbytes + 2 * self.n  # the latter are norms
         self.resident_bytes += 0 if self.bias is None else self.bias.nbytes
         self.kernel = _name(weight.bits, exact=exact)
+
+    @cached_property
+    def norms(self) -> torch.Tensor:
+        """``dequant.row_norms``, made for the first prompt that is long: a dozen small launches for every matrix."""
+        return dequant.row_norms(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         assert x.dim() == 2

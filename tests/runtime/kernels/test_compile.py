@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lbq.runtime.ahead import PROMPTS, Job
+from lbq.runtime.bench.shapes import SHAPES as MODELS
+from lbq.runtime.bench.weights import RandomWeights
+from lbq.runtime.fused.tables import Table, shipped
 from lbq.runtime.kernels.attention import short
 from lbq.runtime.kernels.attention import triton as attention
 from lbq.runtime.kernels.batch import BatchTile
@@ -21,11 +26,14 @@ from lbq.runtime.kernels.dequant import triton as dequant
 from lbq.runtime.kernels.gemv import Tile, plane_columns, tile
 from lbq.runtime.kernels.gemv import triton as gemv
 from lbq.runtime.kernels.gemv.tiles import codes_a_column
+from lbq.runtime.kernels.gpu import Gpu
 from lbq.runtime.kernels.planes import triton as planes
 from lbq.runtime.kernels.project import triton as project
 from lbq.runtime.kernels.prompt import attention_tile
 from lbq.runtime.kernels.prompt import triton as prompt
 from lbq.runtime.kernels.sample import triton as sample
+from lbq.runtime.launches import Kernel, kernels_of, standing_in
+from lbq.runtime.text.sampling import SamplingOptions
 
 pytestmark = pytest.mark.skipif(gemv.INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -410,3 +418,50 @@ def test_int8_caches_of_prompts(capability: int, tmp_path: Path) -> None:
         types = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name not in given}
         constants = {name: given[name] for name in kernel.arg_names if name in given}
         assert VECTOR in "".join(_check(_compile(kernel, capability, 4, types, constants), tmp_path, stack=8))
+
+
+def _launched(gpu: Gpu, model: str, bits: int, *, eight: bool = False) -> list[Kernel]:
+    """All that decoding a model greedily and taking prompts in launch there."""
+    spec = MODELS[model].spec()
+    quantized = RandomWeights(spec, bits, None if bits == 8 else 256, torch.device("cpu")).quantized
+    return kernels_of(Job(spec, quantized, gpu, eight, 8192, PROMPTS, (SamplingOptions(),)))
+
+
+def _check_all(gpu: Gpu, kernels: list[Kernel], tmp_path: Path) -> None:
+    """Nothing is spilled but what every lane needs once, weights are read by 16 bytes, and a multiprocessor has room."""
+    assert kernels
+    for kernel in dict.fromkeys(kernels):
+        with standing_in(gpu):
+            compiled = kernel.compile()
+        large = gpu.capability[0] in (9, 10)
+        # For sm_100 a product of int8 has a frame of 16 bytes, into which nothing is written.
+        loads = _check(compiled, tmp_path, 226 * 1024 if large else SHARED_LIMIT, 16 if gpu.capability[0] == 10 else 8)
+        weights = [load for load in loads if "evict_first" in load]
+        assert all(VECTOR in load for load in weights), f"{kernel.function.__name__}: {loads}"
+
+
+# One of each: A100, RTX 3060, 4060, H200, B200, 5050. Tiles are those of the table, or of the rule where it is silent.
+GPUS = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_all_that_a_model_launches(capability: tuple[int, int], tmp_path: Path) -> None:
+    sms = {**SM_COUNTS, 100: 148}[10 * capability[0] + capability[1]]
+    gpu = Gpu("pretended", capability, sms)
+    kernels = _launched(gpu, "llama-3.1-8b", 4)
+    assert len(kernels) >= 30
+    names = {kernel.function.__name__ for kernel in kernels}
+    assert names >= {"project", "attend", "attend_short", "batch", "begin", "dequantize", "heads", "gate"}
+    _check_all(gpu, kernels, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "bits"), [("qwen3-0.6b", 4), ("qwen3-1.7b", 4), ("llama-3.1-8b", 8), ("llama-3.1-8b", 3)]
+)
+@pytest.mark.parametrize("table", shipped(), ids=lambda table: table.gpu)
+def test_shipped_tiles(table: Table, model: str, bits: int, tmp_path: Path) -> None:
+    gpu = Gpu(table.gpu, table.capability, table.multiprocessors)
+    kernels = [
+        kernel for kernel in _launched(gpu, model, bits) if kernel.function.__name__ in ("project", "attend_short")
+    ]
+    _check_all(gpu, kernels, tmp_path)
