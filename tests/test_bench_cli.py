@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lbq.runtime.bench import sweep
 from lbq.runtime.engine import DecoderEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,6 +101,49 @@ def test_a_full_disk(bench: Callable[..., Any], tmp_path: Path) -> None:
     assert picture.read_text() == "<svg/>"
 
 
+def test_an_interrupt_keeps_what_is_measured(
+    bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = []
+
+    def decode(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real = sweep.decode
+    monkeypatch.setattr(sweep, "decode", decode)
+    picture = tmp_path / "a.svg"
+    done = bench("--shape", "tiny", "--depth", "0,9", "--picture", picture, "--json")
+    assert (done.code, done.err.splitlines()[-1]) == (130, "lbq: interrupted")
+    assert [row["case"]["depth"] for row in json.loads(done.out)["rows"]] == [0]
+    assert picture.read_text().count("<circle") == 1
+
+    def peers(*_: object, **__: object) -> Iterator[sweep.Peer]:
+        yield sweep.Peer("one", None, None, None, None, "not installed")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lbq.peers.run_peers", peers)
+    done = bench("--shape", "tiny", "--peers")
+    assert (done.code, "one: not installed" in done.out) == (130, True)
+
+
+def test_a_png_where_something_draws_it(
+    bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    picture = tmp_path / "a.png"
+    if find_spec("resvg_py") is None:
+        done = bench("--shape", "tiny", "--picture", picture)
+        assert (done.code, "pip install resvg_py" in done.error) == (2, True)
+    (tmp_path / "resvg_py.py").write_text("def svg_to_bytes(svg_string, width): return [137, 80, len(svg_string) > 99]")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "resvg_py", raising=False)
+    assert bench("--shape", "tiny", "--picture", picture).code == 0
+    assert picture.read_bytes() == b"\x89P\x01"
+    monkeypatch.delitem(sys.modules, "resvg_py")
+
+
 def test_what_does_not_fit(bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     picture = tmp_path / "roof.svg"
     done = bench("--shape", "tiny", "--depth", "99999", "--picture", picture)
@@ -153,7 +199,7 @@ def test_what_was_measured_before_a_failure_is_shown(
         (("--shape", "tiny", "--peers", "--sampled"), "no --sampled"),
         (("--shape", "tiny", "--gs", "7"), "group 7"),
         (("--shape", "tiny", "--depth", "-1"), "--depth"),
-        (("--shape", "tiny", "--picture", "a.png"), "FILE.svg"),
+        (("--shape", "tiny", "--picture", "a.jpg"), "FILE.svg or FILE.png"),
         (("nowhere", "--bits", "4"), "--bits"),
         (("--shape", "tiny", "--tokens", "1"), "--tokens"),
         (("--shape", "tiny", "--fused"), "for a GPU"),

@@ -30,6 +30,7 @@ SMALLER = "try a smaller --depth or model, or --device cpu"  # where memory runs
 
 Group = int | Literal["row"]
 OnCase = Callable[[str], None]
+Ended = LbqError | KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -199,16 +200,16 @@ def run(
     depths: Sequence[int] = (0,),
     batches: Sequence[int] = (1,),
     on_case: OnCase = lambda _: None,
-) -> tuple[Report, LbqError | None]:
+) -> tuple[Report, Ended | None]:
     """Measure every case; what was measured before an error, and the error. Raises DeviceError before the first."""
     with device_errors(SMALLER):
         on = machine(device.device)
     rows: list[Row] = []
-    error: LbqError | None = None
+    error: Ended | None = None
     try:
         for row in measure(variants, on, device, load, depths, batches, on_case):
             rows.append(row)  # noqa: PERF402  what there is when it raises is kept
-    except LbqError as raised:
+    except (LbqError, KeyboardInterrupt) as raised:
         error = raised
     return Report(subject, on, load, tuple(rows)), error
 

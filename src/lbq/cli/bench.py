@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 @kv_cache_option
 @fused_option
 @click.option("--threads", type=int, help="CPU threads.")
-@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a roofline, FILE.svg.")
+@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a roofline, FILE.svg or .png.")
 @click.option("--peers", is_flag=True, help="Run other engines at the same shape too: those that are installed.")
 @click.option("--gguf", type=click.Path(path_type=Path, dir_okay=False), help="With --peers: what llama-bench reads.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
@@ -87,11 +88,14 @@ def bench(
         subject = find_subject(artifact, shape, bits, groups, stack)
         report, error = run(subject.name, subject.variants, where, load, depths, batches, _say)
     if error is None and peers:
-        report = replace(report, peers=_peers(subject, load, where.device, gguf))
+        found, error = _peers(subject, load, where.device, gguf)
+        report = replace(report, peers=found)
     if any(row.decoded for row in report.rows):
-        print_json(report) if as_json else print_report(report, as_markdown)
-        if picture is not None:
-            _draw(report, picture)
+        try:
+            print_json(report) if as_json else print_report(report, as_markdown)
+        finally:  # whether or not somebody reads the table
+            if picture is not None:
+                _draw(report, picture)
     elif error is None:
         raise UsageError(f"nothing was measured: {report.rows[0].skipped}")
     if error is not None:
@@ -101,8 +105,10 @@ def bench(
 
 def _check_files(picture: Path | None, peers: bool, gguf: Path | None) -> None:
     """What can be refused before anything is measured."""
-    if picture is not None and picture.suffix != ".svg":
-        raise UsageError(f"{picture}: the picture is an SVG: name it FILE.svg")
+    if picture is not None and picture.suffix not in (".svg", ".png"):
+        raise UsageError(f"{picture}: the picture is an SVG or a PNG: name it FILE.svg or FILE.png")
+    if picture is not None and picture.suffix == ".png" and find_spec("resvg_py") is None:
+        raise UsageError(f"{picture}: a PNG needs the package resvg_py: pip install resvg_py, or name it FILE.svg")
     check_place(picture)
     if gguf is not None and not peers:
         raise UsageError("--gguf goes with --peers")
@@ -112,15 +118,29 @@ def _check_files(picture: Path | None, peers: bool, gguf: Path | None) -> None:
 
 def _draw(report: Report, picture: Path) -> None:
     from lbq.formats.disk import write_file
-    from lbq.page.roofline import draw
+    from lbq.page.roofline import WIDTH, draw
 
-    write_file(picture, draw(report).encode())
+    svg = draw(report)
+    if picture.suffix == ".svg":
+        write_file(picture, svg.encode())
+        return
+    from resvg_py import svg_to_bytes
+
+    write_file(picture, bytes(svg_to_bytes(svg_string=svg, width=2 * WIDTH)))
 
 
-def _peers(subject: Subject, load: Workload, device: torch.device, gguf: Path | None) -> tuple[Peer, ...]:
+def _peers(
+    subject: Subject, load: Workload, device: torch.device, gguf: Path | None
+) -> tuple[tuple[Peer, ...], KeyboardInterrupt | None]:
+    """Those that ran, and what ended it."""
     from lbq.peers import run_peers
 
-    return tuple(run_peers(subject.variants[0].spec, load, device, gguf=gguf, on_peer=_say))
+    found: list[Peer] = []
+    try:
+        found.extend(run_peers(subject.variants[0].spec, load, device, gguf=gguf, on_peer=_say))
+    except KeyboardInterrupt as raised:
+        return tuple(found), raised
+    return tuple(found), None
 
 
 def _say(what: str) -> None:

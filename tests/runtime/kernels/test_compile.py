@@ -428,7 +428,7 @@ def _launched(gpu: Gpu, model: str, bits: int, *, eight: bool = False) -> list[K
 
 
 def _check_all(gpu: Gpu, kernels: list[Kernel], tmp_path: Path) -> None:
-    """Nothing is spilled but what every lane needs once, weights are read by 16 bytes, and a multiprocessor has room."""
+    """Next to nothing is spilled, weights are read by 16 bytes, and a multiprocessor has room for a program."""
     assert kernels
     for kernel in dict.fromkeys(kernels):
         with standing_in(gpu):
