@@ -27,11 +27,14 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def check_target(target: Path, source: Path | None = None, *, overwrite: bool = False) -> Path:
+def check_target(
+    target: Path, source: Path | None = None, *, overwrite: bool = False, ours: frozenset[str] = frozenset()
+) -> Path:
     """Return the absolute ``target``, links followed, if an artifact made of ``source`` may be written there.
 
     Raises :class:`UsageError` if one contains the other, and :class:`StorageError` if the target is neither absent nor
-    an empty folder (nor, with ``overwrite``, an artifact and nothing else), or if its parent cannot be written.
+    an empty folder (nor, with ``overwrite``, an artifact or files that are ``ours``, and nothing else), or if its
+    parent cannot be written.
     """
     real = _resolve(target, source)
     if not os.path.lexists(real):
@@ -44,11 +47,13 @@ def check_target(target: Path, source: Path | None = None, *, overwrite: bool = 
         present = os.listdir(real)
     if not present:
         return real
-    if not (real / MANIFEST).is_file():
+    made = ours.issuperset(present)
+    if not made and not (real / MANIFEST).is_file():
         raise StorageError(f"{target}: not empty and not an lbq artifact; choose another output")
     if not overwrite:
         raise StorageError(f"{target}: exists; choose another output, or --overwrite to replace it")
-    _check_all_ours(target, real, present)
+    if not made:
+        _check_all_ours(target, real, present)
     return real
 
 
@@ -88,13 +93,15 @@ class StagedFolder:
     the same target. Leaving without a commit removes everything that was prepared.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False, source: Path | None = None) -> None:
+    def __init__(
+        self, target: Path, *, overwrite: bool = False, source: Path | None = None, ours: frozenset[str] = frozenset()
+    ) -> None:
         self.target = _resolve(target, source)
         self.folder = self.target.with_name(f".{self.target.name}.staging")
         self._old = self.target.with_name(f".{self.target.name}.old")
         self._lock = _lock_of(self.target)
         self._source = source
-        self._overwrite = overwrite
+        self._overwrite, self._ours = overwrite, ours
         self._descriptor = -1
 
     def __enter__(self) -> Self:
@@ -102,7 +109,7 @@ class StagedFolder:
         try:
             with storage_errors(self.target):
                 self._clean()
-                check_target(self.target, self._source, overwrite=self._overwrite)
+                check_target(self.target, self._source, overwrite=self._overwrite, ours=self._ours)
                 os.mkdir(self.folder)
         except BaseException:
             self._release()
@@ -126,7 +133,7 @@ class StagedFolder:
             unfinished = [name for name in os.listdir(self.folder) if name.endswith(".part")]
             assert not unfinished, f"never finished: {unfinished}"
             sync_folder(self.folder)
-            check_target(self.target, self._source, overwrite=self._overwrite)
+            check_target(self.target, self._source, overwrite=self._overwrite, ours=self._ours)
             if not self._overwrite or not self.target.is_dir() or not os.listdir(self.target):
                 os.rename(self.folder, self.target)  # fails where there is more than an empty folder
             elif not exchange(self.folder, self.target):

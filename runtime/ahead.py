@@ -33,7 +33,7 @@ from lbq.runtime.text.sampling import SamplingOptions
 
 PROMPTS = (18, 40, 128)  # tokens: whole and begun passes of int8 tensor cores, and float16 ones
 WORKERS = 12  # at most
-SECONDS = 60.0  # that they are waited for
+SECONDS = 30.0  # that they are waited for
 
 
 @dataclass(frozen=True)

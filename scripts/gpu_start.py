@@ -90,7 +90,7 @@ def rates(folder: Path) -> float:
     best = upload_bandwidth(device)
     assert best is not None
     print(f"pinned memory to the GPU: {best / 1e9:.1f} GB/s; torch has {torch.get_num_threads()} threads")
-    for chunk, slots, threads in ((32, 3, None), (32, 3, 8)):
+    for chunk, slots, threads in ((16, 4, None), (32, 3, None), (16, 4, 8)):
         if threads is not None:
             torch.set_num_threads(threads)
         with open_artifact(folder) as artifact:  # mapped anew: its pages are faulted in
@@ -228,7 +228,11 @@ def watch_gpu(clock: Clock) -> list[tuple[str, bool]]:
 
 
 @contextmanager
-def folder() -> Iterator[Path]:
+def folder(kept: Path | None) -> Iterator[Path]:
+    """``kept``, or one for a while."""
+    if kept is not None:
+        yield kept
+        return
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
@@ -239,7 +243,8 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--alone", action="store_true", help="also without processes that compile ahead")
+    parser.add_argument("--short", action="store_true", help="once with an empty cache, twice with what that left")
+    parser.add_argument("--cache", type=Path, help="Triton's cache, empty at first, to be kept")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--no-ahead", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -252,17 +257,19 @@ def main() -> None:
         print(f"artifact written in {time.perf_counter() - began:.1f} s", flush=True)
     if options.device == "cuda":
         rates(options.folder)
-    with folder() as cache:
-        for what, phases in (("cold", False), ("warm", False), ("warm", False), ("warm", True)):
+    runs = [("cold", True), ("warm", False), ("warm", False)]
+    if not options.short:
+        runs = [("cold", False), ("warm", False), ("warm", False), ("warm", True)]
+    with folder(options.cache) as cache:
+        for what, phases in runs:
             print(f"\nkernel cache {what}: ", end="", flush=True)
             start(options.folder, options.device, cache, phases=phases)
-    with folder() as cache:
-        print("\nkernel cache cold, phases: ", end="", flush=True)
-        start(options.folder, options.device, cache, phases=True)
-    if options.alone:
-        with folder() as cache:
-            print("\nkernel cache cold, nothing compiled ahead: ", end="", flush=True)
-            start(options.folder, options.device, cache, phases=True, ahead=False)
+    if options.short:
+        return
+    for what, ahead in (("phases", True), ("nothing compiled ahead", False)):
+        with folder(None) as cache:
+            print(f"\nkernel cache cold, {what}: ", end="", flush=True)
+            start(options.folder, options.device, cache, phases=True, ahead=ahead)
 
 
 if __name__ == "__main__":

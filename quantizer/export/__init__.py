@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lbq.quantizer.export.write import TARGETS, Exported, export, prepare_export, write_export
+from lbq.quantizer.export.write import TARGETS, Exported, export, prepare_export, replaceable, write_export
 
-__all__ = ["TARGETS", "Exported", "export", "prepare_export", "write_export"]
+__all__ = ["TARGETS", "Exported", "export", "prepare_export", "replaceable", "write_export"]

@@ -119,11 +119,12 @@ def write_export(
     """Write into the folder ``out``, which appears whole or not at all, with ``overwrite`` in the place of an artifact.
     Raises what :class:`StagedFolder` raises, and StorageError for the disk."""
     artifact, progress = prepared.artifact, on_progress or _quiet
-    check_target(out, artifact.folder, overwrite=overwrite)
+    ours = replaceable(artifact.folder, prepared.to)
+    check_target(out, artifact.folder, overwrite=overwrite, ours=ours)
     require_space(out, prepared.nbytes + SPARE_BYTES)
-    with StagedFolder(out, overwrite=overwrite, source=artifact.folder) as stage:
+    with StagedFolder(out, overwrite=overwrite, source=artifact.folder, ours=ours) as stage:
         if prepared.to == GGUF:
-            write_gguf(artifact, prepared.layers.entries, stage, f"{artifact.folder.resolve().name}.gguf", progress)
+            write_gguf(artifact, prepared.layers.entries, stage, _gguf_name(artifact.folder), progress)
         else:
             files = _write_shards(prepared, stage, progress)
             files |= {name: stage.add_file(name, data) for name, data in _small_files(prepared)}
@@ -132,6 +133,15 @@ def write_export(
         nbytes = sum(path.stat().st_size for path in stage.folder.iterdir())
         stage.commit()
     return Exported(out, prepared.to, nbytes, prepared.layers.notes)
+
+
+def replaceable(folder: Path, to: str) -> frozenset[str]:
+    """Files that an earlier export of ``folder`` left, which has no manifest to say so: a GGUF of this very name."""
+    return frozenset([_gguf_name(folder)]) if to == GGUF else frozenset()
+
+
+def _gguf_name(folder: Path) -> str:
+    return f"{folder.resolve().name}.gguf"
 
 
 def _quiet(name: str, count: int) -> None:

@@ -251,6 +251,24 @@ def test_overwriting(made: Callable[..., Path], lbq: Lbq, tmp_path: Path) -> Non
     assert not (out / "lbq.json").exists()
 
 
+def test_overwriting_a_gguf(made: Callable[..., Path], lbq: Lbq, tmp_path: Path) -> None:
+    """An earlier export has the same name and stands alone; what does not is somebody else's."""
+    artifact, out = made(4, 256), tmp_path / "out"
+    command = ("export", artifact, "--out", out, "--to", "gguf")
+    assert lbq(*command).code == 0
+    (path,) = out.iterdir()
+    path.write_bytes(b"of before")
+    done = lbq(*command)
+    assert (done.code, "--overwrite to replace it" in done.error) == (4, True)
+    assert lbq(*command, "--overwrite").code == 0
+    assert path.read_bytes()[:4] == b"GGUF"
+    (out / "other").write_text("")
+    assert "not an lbq artifact" in lbq(*command, "--overwrite").error
+    (out / "other").unlink()
+    path.rename(out / "other.gguf")
+    assert "not an lbq artifact" in lbq(*command, "--overwrite").error
+
+
 def test_groups_for_ranks(made: Callable[..., Path], lbq: Lbq, tmp_path: Path) -> None:
     """Layers that are split by inputs get groups that divide a rank's; all others stay."""
     out = tmp_path / "out"

@@ -21,7 +21,7 @@ TARGETS = ("vllm", "sglang", "gptq", "awq", "auto-round", "gguf")
     "--tensor-parallel", "ranks", type=int, default=1, help="GPUs that vllm or sglang share each layer between."
 )
 @click.option("--strict", is_flag=True, help="Fail where any weight would differ from the artifact's.")
-@click.option("--overwrite", is_flag=True, help="Replace an artifact at the output.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact, or a GGUF of its name, at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export(
     artifact: str,
@@ -42,11 +42,11 @@ def export(
     from lbq.formats.artifact import open_artifact
     from lbq.formats.staging import check_target
     from lbq.hub.artifacts import find_artifact
-    from lbq.quantizer.export import prepare_export, write_export
+    from lbq.quantizer.export import prepare_export, replaceable, write_export
 
     folder = find_artifact(artifact, revision, on_note=note)
     if out is not None:
-        check_target(out, folder, overwrite=overwrite)
+        check_target(out, folder, overwrite=overwrite, ours=replaceable(folder, to))
     with open_artifact(folder) as opened:
         prepared = prepare_export(opened, to, ranks=ranks, strict=strict)
         for line in prepared.layers.notes:
