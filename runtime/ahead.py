@@ -26,7 +26,7 @@ import torch
 
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.spec import ModelSpec
-from lbq.runtime.devices import CUDA_CONTEXT, CudaDevice, Device
+from lbq.runtime.devices import CUDA_CONTEXT, CacheKind, CudaDevice, Device
 from lbq.runtime.kernels.gpu import Gpu, gpu_of
 from lbq.runtime.kernels.hashes import settle
 from lbq.runtime.text.sampling import SamplingOptions
@@ -43,7 +43,7 @@ class Job:
     spec: ModelSpec
     quantized: Mapping[str, QuantizedModule]
     gpu: Gpu
-    eight: bool  # int8 keys and values
+    kv_cache: CacheKind
     context: int
     prompts: tuple[int, ...]  # tokens
     ways: tuple[SamplingOptions, ...]  # to choose tokens
@@ -65,7 +65,7 @@ def job_for(
     gpu = gpu_of(torch.device("cuda", torch.cuda.current_device()))
     assert gpu is not None
     context = context or min(spec.context, CUDA_CONTEXT)
-    return Job(spec, quantized, gpu, device.eight, context, PROMPTS, tuple({SamplingOptions(): 0, sampling: 0}))
+    return Job(spec, quantized, gpu, device.kv_cache, context, PROMPTS, tuple({SamplingOptions(): 0, sampling: 0}))
 
 
 @contextmanager

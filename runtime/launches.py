@@ -74,7 +74,7 @@ class Outline:
 
 def kernels_of(job: Job) -> list[Kernel]:
     """Every kernel that ``job`` will launch, in the order in which it first does; little if it has no fused step."""
-    device = CudaDevice(exact=False, eight=job.eight, device=META)
+    device = CudaDevice(exact=False, kv_cache=job.kv_cache, device=META)
 
     def run() -> None:
         engine = device.engine(_outline(job.spec, job.quantized, device), job.context)

@@ -32,7 +32,7 @@ SAMPLED = SamplingOptions(temperature=0.7, top_k=20)
 
 def job(**changed: object) -> Job:
     fields = {"prompts": PROMPTS, "ways": (SamplingOptions(), SAMPLED), **changed}
-    return Job(SPEC, QUANTIZED, GPU, False, 256, **fields)  # type: ignore[arg-type]
+    return Job(SPEC, QUANTIZED, GPU, "auto", 256, **fields)  # type: ignore[arg-type]
 
 
 def names(found: list[launches.Kernel]) -> set[str]:

@@ -420,11 +420,11 @@ def test_int8_caches_of_prompts(capability: int, tmp_path: Path) -> None:
         assert VECTOR in "".join(_check(_compile(kernel, capability, 4, types, constants), tmp_path, stack=8))
 
 
-def _launched(gpu: Gpu, model: str, bits: int, *, eight: bool = False) -> list[Kernel]:
+def _launched(gpu: Gpu, model: str, bits: int, context: int = 8192) -> list[Kernel]:
     """All that decoding a model greedily and taking prompts in launch there."""
     spec = MODELS[model].spec()
     quantized = RandomWeights(spec, bits, None if bits == 8 else 256, torch.device("cpu")).quantized
-    return kernels_of(Job(spec, quantized, gpu, eight, 8192, PROMPTS, (SamplingOptions(),)))
+    return kernels_of(Job(spec, quantized, gpu, "auto", context, PROMPTS, (SamplingOptions(),)))
 
 
 def _check_all(gpu: Gpu, kernels: list[Kernel], tmp_path: Path) -> None:
@@ -453,6 +453,8 @@ def test_all_that_a_model_launches(capability: tuple[int, int], tmp_path: Path) 
     names = {kernel.function.__name__ for kernel in kernels}
     assert names >= {"project", "attend", "attend_short", "batch", "begin", "dequantize", "heads", "gate"}
     _check_all(gpu, kernels, tmp_path)
+    if 10 * capability[0] + capability[1] in SOME:  # with keys and values in int8
+        _check_all(gpu, _launched(gpu, "llama-3.1-8b", 4, context=131072), tmp_path)
 
 
 @pytest.mark.parametrize(
