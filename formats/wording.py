@@ -25,3 +25,8 @@ def pattern(name: str) -> str:
 def counted(count: int, noun: str) -> str:
     """``1 layer``, ``7 layers``"""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def rate(value: float) -> str:
+    """``4.27 TB/s``"""
+    return f"{value / 1e12:.2f} TB/s" if value >= 1e12 else f"{value / 1e9:.1f} GB/s"

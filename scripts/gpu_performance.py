@@ -23,7 +23,7 @@ from typing import TypeVar
 import msgspec
 import torch
 import triton
-from performance_tables import GOALS, NEW, NEW_AT_DEPTH, PROMPT, Decode, Found, Prompt, Real, put_into, render
+from performance_tables import GOALS, NEW, NEW_AT_DEPTH, PROMPT, Decode, Found, Prompt, Real, draw, put_into, render
 
 from lbq.runtime.bench.context import Bench, Model
 from lbq.runtime.bench.decode import Workload
@@ -157,7 +157,10 @@ def main() -> int:
         measure(arguments.results, arguments.real)
         return 0
     found = msgspec.json.decode(arguments.results.read_bytes(), type=Found)
-    arguments.into.write_text(put_into(arguments.into.read_text(encoding="utf-8"), render(found)), encoding="utf-8")
+    picture = arguments.into.with_name("roofline.svg")
+    picture.write_text(draw(found), encoding="utf-8")
+    tables = f"{render(found)}\n\n![Tokens a second over the bytes that a token reads]({picture.name})"
+    arguments.into.write_text(put_into(arguments.into.read_text(encoding="utf-8"), tables), encoding="utf-8")
     return 0
 
 

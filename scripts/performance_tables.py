@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from lbq.page.roofline import Point, roofline
+
 MARKS = "<!-- tables of scripts/gpu_performance.py -->", "<!-- end of the tables -->"
 PROMPT, NEW, NEW_AT_DEPTH = 128, 256, 128
 
@@ -206,6 +208,16 @@ def _prompt_table(found: Found) -> list[str]:
         f"{p.tokens / p.seconds:,.0f} | {p.rate / p.bf16:.0%} of {p.bf16 / 1e12:.0f} TFLOP/s |"
         for p in found.prompts
     ]
+
+
+def draw(found: Found) -> str:
+    """The roofline of what was decoded greedily by the fused step, one text at a time, as an SVG."""
+    points = [
+        Point(d.nbytes, d.tokens, f"{Goal(d.shape, d.bits, 0, 0, d.depth).name}: {d.share:.0%}", "lbq")
+        for d in found.decodes
+        if d.fused and not d.sampled and d.batch == 1 and not d.fault
+    ]
+    return roofline(found.gpu.partition(",")[0], "one text, greedy", found.copy, points)
 
 
 def put_into(document: str, tables: str) -> str:

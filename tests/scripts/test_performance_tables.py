@@ -19,6 +19,7 @@ from performance_tables import (  # noqa: E402
     Goal,
     Prompt,
     Real,
+    draw,
     put_into,
     render,
     value_of,
@@ -67,6 +68,13 @@ def test_prompts_and_real_models():
     text = render(one)
     assert "| float16 | 50.0 | 40,960 | 71% of 770 TFLOP/s |" in text
     assert "| some-int4 | 1.2e-06 | 3.4e-07 |" in text
+
+
+def test_a_point_for_each_text_by_itself():
+    one = found(decoded(700, 0.69), decoded(300, depth=32768), decoded(1250, batch=2), decoded(9, fused=False))
+    svg = draw(one)
+    assert svg.count("<circle") == 2
+    assert f"{LLAMA} INT4: 69%" in svg
 
 
 def test_wrong_logits_reach_nothing():

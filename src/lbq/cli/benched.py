@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from lbq.cli.display import markdown, plain, size, table
-from lbq.cli.subject import rate, seconds
-from lbq.formats.wording import counted
+from lbq.cli.subject import seconds
+from lbq.formats.wording import counted, rate
 
 if TYPE_CHECKING:
     from lbq.runtime.bench.decode import Decoded, Speed

@@ -15,12 +15,12 @@ from lbq.cli.subject import (
     find_subject,
     fused_option,
     kv_cache_option,
-    rate,
     seconds,
     shape_option,
     stepping,
 )
 from lbq.formats.errors import UsageError
+from lbq.formats.wording import rate
 
 if TYPE_CHECKING:
     from lbq.runtime.bench.profile import Line

@@ -86,11 +86,6 @@ def check_place(path: Path | None) -> None:
         raise StorageError(f"{path}: no such folder")
 
 
-def rate(value: float) -> str:
-    """``4.27 TB/s``"""
-    return f"{value / 1e12:.2f} TB/s" if value >= 1e12 else f"{value / 1e9:.1f} GB/s"
-
-
 def seconds(value: float) -> str:
     """``1.25 s``, ``14.3 ms``, ``7.1 µs``"""
     if value >= 1:

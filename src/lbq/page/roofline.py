@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lbq.formats.wording import size
+from lbq.formats.wording import rate, size
 from lbq.page.axes import Axis, logarithmic
 from lbq.page.numbers import number
 from lbq.runtime.bench.sweep import Report
@@ -54,13 +54,22 @@ def draw(report: Report) -> str:
         if peer.speed is not None and peer.nbytes is not None:
             share = peer.speed.median * peer.nbytes / report.machine.copy
             points.append(Point(peer.nbytes, peer.speed.median, f"{peer.name}: {share:.0%}", "peer"))
+    load = report.load
+    return roofline(
+        f"{report.subject} on {report.machine.name}",
+        f"one text, {load.prompt} + {load.new} tokens",
+        report.machine.copy,
+        points,
+    )
+
+
+def roofline(title: str, how: str, copy: float, points: Sequence[Point]) -> str:
+    """An SVG document of ``points``, at least one, below ``copy`` bytes a second. ``how`` they were measured."""
     nbytes = [point.x for point in points]
     x = logarithmic(min(nbytes) / 1.3, max(nbytes) * 1.3)
-    copy = report.machine.copy
     y = logarithmic(min([copy / x.high / 4, *(point.y for point in points)]), copy / x.low)
     plot = _Plot(x, y)
-    title = f"{report.subject} on {report.machine.name}: tokens/s over bytes a token"
-    body = [*plot.frame(), *plot.roofs(copy), *plot.points(points)]
+    title = f"{title}: tokens/s over bytes a token"
     return "\n".join(
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -68,9 +77,10 @@ def draw(report: Report) -> str:
             f"<style>{STYLE}</style>",
             f'<rect class="back" width="{WIDTH}" height="{HEIGHT}"/>',
             f'<text class="title" x="{LEFT}" y="24">{escape(title)}</text>',
-            f'<text x="{LEFT}" y="42">one text, {report.load.prompt} + {report.load.new} tokens; '
-            f"copy bandwidth {size(copy)}/s, measured in the same run</text>",
-            *body,
+            f'<text x="{LEFT}" y="42">{escape(how)}; copy bandwidth {rate(copy)}, measured in the same run</text>',
+            *plot.frame(),
+            *plot.roofs(copy),
+            *plot.points(points),
             "</svg>\n",
         )
     )
@@ -110,7 +120,7 @@ class _Plot:
             high = min(self.x.high, part * copy / self.y.low)
             (x0, y0), (x1, y1) = self.at(low, part * copy / low), self.at(high, part * copy / high)
             yield f'<path class="{style}" d="M{x0} {y0}L{x1} {y1}"/>'
-            yield f'<text x="{x0 + 6}" y="{y0 + 16}">{name}</text>'
+            yield f'<text x="{x0 + 6}" y="{round(y0 + 32, 1)}">{name}</text>'
 
     def points(self, points: Iterable[Point]) -> Iterator[str]:
         """Dots, and their labels one below the other in the margin where they would cover each other."""
