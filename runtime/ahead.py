@@ -31,7 +31,7 @@ from lbq.runtime.kernels.gpu import Gpu, gpu_of
 from lbq.runtime.kernels.hashes import settle
 from lbq.runtime.text.sampling import SamplingOptions
 
-PROMPTS = (18, 40, 128)  # tokens: whole and begun passes of int8 tensor cores, and float16 ones
+PROMPTS = (5, 18, 40, 128)  # tokens: a pass each, whole and begun passes of int8 tensor cores, and float16 ones
 WORKERS = 12  # at most
 SECONDS = 30.0  # that they are waited for
 

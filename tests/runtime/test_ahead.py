@@ -56,6 +56,15 @@ def test_what_is_launched():
     assert len(launches.kernels_of(job())) == len(found)  # heard again, though some might have been compiled
 
 
+@pytest.mark.parametrize(("shape", "bits"), [("llama-3.1-8b", 4), ("qwen3-0.6b", 3), ("smollm2-135m", 8)])
+def test_a_prompt_of_any_length_needs_no_more(shape, bits):
+    spec = SHAPES[shape].spec()
+    of = replace(job(), spec=spec, quantized=RandomWeights(spec, bits, None if bits == 8 else 256, CPU).quantized)
+    known = set(launches.kernels_of(of))
+    lengths = (1, 2, 5, 16, 17, 50, 64, 96, 97, 112, 255)
+    assert set(launches.kernels_of(replace(of, prompts=lengths, context=256))) <= known
+
+
 def test_layers_between_equal_ones_are_not_needed(monkeypatch):
     layers = []
     outline = launches._outline
