@@ -158,6 +158,7 @@ def _label(kind: str, plan: Plan) -> str:
         + (" apart" if how.apart else "")
         + (" ahead" if how.ahead else "")
         + (" early" if how.early > 1 else "")
+        + (f" {how.lines} lines of the next" if how.lines else "")
     )
 
 

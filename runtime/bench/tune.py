@@ -142,8 +142,7 @@ class Search:
         for one in ranked[:AGAIN]:
             other: Projecting = getattr(one.plan, role)
             for apart in (False, True) if role in ("out", "gate_up", "down") else (False,):
-                ahead, early = (other.ahead, other.early) if now is None else (now.ahead, now.early)
-                how = replace(other, apart=apart, ahead=ahead, early=early)
+                how = replace(other if now is None else now, tile=other.tile, apart=apart)
                 found.append(plan.with_role(role, how))
         return [one for one in found if one != plan][: self.most]
 

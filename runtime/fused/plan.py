@@ -29,10 +29,11 @@ class Projecting:
     apart: bool = False
     ahead: bool = False  # with PDL: call all weights of a program into L2 while it waits
     early: int = 1  # steps along K, 1 or 2, whose weights are in registers before the first product
+    lines: int = 0  # with PDL: of 128 bytes, of each row of the next projection, called into L2 while it waits
 
     def outputs(self, role: Role) -> int:
         """Outputs of a program."""
-        return self.tile.rows // 2 if role == "gate_up" else self.tile.rows
+        return (self.tile.rows // 2 if role == "gate_up" else self.tile.rows) * self.tile.rounds
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Plan:
             return chosen
         measured = self.table.projection(role, weight) if self.table else None
         if measured is not None:
-            return Projecting(measured.tile, measured.apart, measured.ahead, measured.early)
+            return Projecting(measured.tile, measured.apart, measured.ahead, measured.early, measured.lines)
         return _rule(role, weight, sm_count)
 
     def splitting(self, heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16, texts: int = 1) -> Split:

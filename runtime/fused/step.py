@@ -79,6 +79,7 @@ class Product:
     to: Normed | Activations | None = None
     counters: torch.Tensor | None = None
     activation: Activation = "silu"
+    following: ArrangedWeight | None = None  # of the projection after this one
 
     def launch(self, *, pdl: bool) -> None:
         """The product, and where it is done apart the writing of its planes."""
@@ -95,6 +96,8 @@ class Product:
             pdl=pdl,
             ahead=self.how.ahead,
             early=self.how.early,
+            following=self.following,
+            lines=self.how.lines,
         )
         if self.how.apart:
             write_planes(self.y, self.to, pdl=pdl)
@@ -231,7 +234,8 @@ class FusedStep:
         entries = [self._entry(layer.mixer_norm, _mixer(layer).qkv) for layer in layers]
         entries.append(self._entry(decoder.norm, head))
         self._first, self._last = entries[0], entries[-1]
-        self.layers = [self._layer(*each) for each in zip(layers, entries[:-1], entries[1:], strict=True)]
+        nexts = [*(_mixer(layer).qkv for layer in layers[1:]), head]
+        self.layers = [self._layer(*each) for each in zip(layers, entries[:-1], entries[1:], nexts, strict=True)]
         self.head = None
         if isinstance(head, CudaLinear):
             self.head = self._product("head", head, self._last.to, self.logits)
@@ -301,7 +305,7 @@ class FusedStep:
         bits = linear.weight.bits if isinstance(linear, CudaLinear) else 8
         return Normed(self._buffers.activations("stream", norm.weight.numel(), bits, norm.eps), norm.weight)
 
-    def _layer(self, layer: DecoderLayer, entry: Normed, following: Normed) -> StepLayer:
+    def _layer(self, layer: DecoderLayer, entry: Normed, following: Normed, then: object) -> StepLayer:
         mixer, buffers = _mixer(layer), self._buffers
         heads = Heads.of(mixer.spec)
         out, gate_up, down = mixer.out, layer.mlp.gate_up, layer.mlp.down
@@ -315,7 +319,7 @@ class FusedStep:
         cut, eight = (self._plan.splitting(heads, self._sms, kind, self._texts) for kind in kinds)
         whole = None if heads.dim % seen.planes.block == 0 or self._texts == 1 else buffers.vector("attended", out.k)
         return StepLayer(
-            self._product("qkv", mixer.qkv, entry.to, qkv),
+            self._product("qkv", mixer.qkv, entry.to, qkv, then=out),
             Attending(
                 qkv,
                 heads,
@@ -328,9 +332,17 @@ class FusedStep:
                 seen,
                 whole,
             ),
-            self._product("out", out, seen, self._x, between),
-            self._product("gate_up", gate_up, between.to, buffers.vector("gated", down.k), gated, layer.mlp.activation),
-            self._product("down", down, gated, self._x, following),
+            self._product("out", out, seen, self._x, between, then=gate_up),
+            self._product(
+                "gate_up",
+                gate_up,
+                between.to,
+                buffers.vector("gated", down.k),
+                gated,
+                layer.mlp.activation,
+                then=down,
+            ),
+            self._product("down", down, gated, self._x, following, then=then),
         )
 
     def _product(
@@ -341,14 +353,18 @@ class FusedStep:
         y: torch.Tensor,
         to: Normed | Activations | None = None,
         activation: Activation = "silu",
+        *,
+        then: object = None,
     ) -> Product | BatchProduct:
+        """``then``: the projection after this one."""
         assert isinstance(linear, CudaLinear)
         if self._texts > 1:
             return self._batched(role, linear, x, y, to, activation)
         how = self._plan.projecting(role, linear.weight, self._sms)
         shared = to is not None and not how.apart and how.outputs(role) % 32 != 0
         counters = self._buffers.counters(y.numel()) if shared else None
-        return Product(linear.weight, linear.bias, role, how, x, y, to, counters, activation)
+        weight = then.weight if isinstance(then, CudaLinear) else None
+        return Product(linear.weight, linear.bias, role, how, x, y, to, counters, activation, weight)
 
     def _batched(
         self,

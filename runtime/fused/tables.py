@@ -47,6 +47,7 @@ class Measured(Part, frozen=True):
     apart: bool
     ahead: bool
     early: Count = 1
+    lines: Annotated[int, Meta(ge=0)] = 0
 
     @property
     def tile(self) -> Tile:

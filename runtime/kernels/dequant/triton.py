@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lbq.runtime.kernels.gemv.triton import _open
+
 
 @triton.jit(do_not_specialize=["ROWS", "GROUPS"])
 def dequantize(
@@ -37,11 +39,15 @@ def dequantize(
     i = tl.arange(0, C)[None, None, :]
     if BITS == 3:
         at = w_ptr + rows[:, None] * (3 * WORDS) + word[None, :]
-        low = tl.load(at, mask=there, other=0)[:, :, None]
-        low1 = tl.load(at + WORDS, mask=there, other=0)[:, :, None]
-        high = tl.load(at + 2 * WORDS, mask=there, other=0)[:, :, None]
-        fields = tl.where(i % 8 < 4, low, low1) >> (i // 8 * 8 + i % 4 * 2)
-        code = (fields & 3) - ((high >> i) & 1) * 4
+        w0 = tl.load(at, mask=there, other=0)
+        w1 = tl.load(at + WORDS, mask=there, other=0)
+        w2 = tl.load(at + 2 * WORDS, mask=there, other=0)
+        w3 = _open(w0, w1, w2, 6, 3) | ((_open(w0, w1, w2, 7, 3) >> 3) & 0x1C1C1C1C)  # the seventh and eighth code
+        pair = i % 8 // 2
+        first = tl.where(pair == 0, w0[:, :, None], w1[:, :, None])
+        second = tl.where(pair == 2, w2[:, :, None], w3[:, :, None])
+        field = tl.where(pair < 2, first, second) >> (i // 8 * 8 + 5 - 3 * (i % 2))
+        code = ((field & 7) ^ 4) - 4
     else:
         w = tl.load(w_ptr + rows[:, None] * WORDS + word[None, :], mask=there, other=0)
         code = ((w[:, :, None] >> (i * BITS)) & ((1 << BITS) - 1)) - (1 << (BITS - 1))

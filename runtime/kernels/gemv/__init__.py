@@ -40,8 +40,8 @@ BLOCK = 32  # activations under one scale
 class ArrangedWeight:
     """A packed matrix W [N, K] as the kernels read it.
 
-    ``words`` is int32 [N, ⌈K·bits/32⌉] in the file's own order at 8 and 4 bits, and [N, 3, ⌈K/32⌉] bit planes at 3
-    bits (``triton.split_planes``); ``scales`` is bfloat16 [N, K/group].
+    ``words`` is int32 [N, ⌈K·bits/32⌉] in the file's own order at 8 and 4 bits, and [N, 3, ⌈K/32⌉] at 3 bits
+    (``triton.split_planes``); ``scales`` is bfloat16 [N, K/group].
     """
 
     words: torch.Tensor

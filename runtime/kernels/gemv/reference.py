@@ -15,16 +15,17 @@ def gemv(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
 
 
 def split_planes(words: torch.Tensor, k: int) -> torch.Tensor:
-    """A dense 3-bit stream int32 [N, ⌈3K/32⌉] → planes int32 [N, 3, ⌈K/32⌉]; codes past K are zero codes."""
+    """A dense 3-bit stream int32 [N, ⌈3K/32⌉] → int32 [N, 3, ⌈K/32⌉]; codes past K are zero codes."""
     codes = unpack(words, 3, k)
-    codes = torch.nn.functional.pad(codes, (0, -k % 32)).long()
-    n = codes.shape[0]
-    byte_field = codes.view(n, -1, 4, 2, 4)  # [N, column, byte i, run, field]: code 8·i + 4·run + field
-    i = torch.arange(4, device=words.device)[:, None]
-    low = ((byte_field & 3) << (8 * i[:, :, None] + 2 * torch.arange(4, device=words.device))).sum(dim=(2, 4))
-    bit = 8 * i + torch.arange(8, device=words.device)
-    high = (((codes.view(n, -1, 4, 8) >> 2) ^ 1) << bit).sum(dim=(2, 3))
-    planes = torch.cat((low.transpose(1, 2), high[:, None]), dim=1)
+    codes = torch.nn.functional.pad(codes, (0, -k % 32)).long() ^ 4
+    r = codes.view(codes.shape[0], -1, 4, 8).unbind(-1)  # [N, column, byte] each
+    byte = 8 * torch.arange(4, device=words.device)
+    bytes_ = (
+        (r[0] << 5) | (r[1] << 2) | (r[6] & 3),
+        (r[2] << 5) | (r[3] << 2) | (r[7] & 3),
+        (r[4] << 5) | (r[5] << 2) | (r[6] >> 2 << 1) | (r[7] >> 2),
+    )
+    planes = torch.stack([(one << byte).sum(dim=2) for one in bytes_], dim=1)
     return torch.where(planes >= 2**31, planes - 2**32, planes).int()
 
 

@@ -17,8 +17,12 @@ class Tile:
     rows: int
     columns: int
     warps: int
+    rounds: int = 1  # of a program, each of ``rows``; whole rows then, past activations that stay in registers
 
     def __post_init__(self) -> None:
+        if self.rounds > 1:
+            assert self.columns % (128 * self.warps) == 0
+            return
         assert self.rows in (1, 2, 4, 8, 16, 32, 64)
         assert self.warps in (1, 2, 4, 8, 16)
         assert self.columns == 128 * self.warps or self.columns in (32, 64, 128)

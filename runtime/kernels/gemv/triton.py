@@ -22,7 +22,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret  # as it stood when the kerne
 
 _TOP_BITS = tl.constexpr(0x80808080 - (1 << 32))  # as int32
 _HIGH_NIBBLES = tl.constexpr(0xF0F0F0F0 - (1 << 32))
-_TWO_BITS = tl.constexpr(0x60606060)
+_TOP_THREE = tl.constexpr(0xE0E0E0E0 - (1 << 32))
+_BELOW_TOP = tl.constexpr(0x60606060)
 _DP4A = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
 _PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 _TINY = tl.constexpr(1e-30)  # a block of activations below this counts as zero, so that 127 / amax is finite
@@ -41,22 +42,27 @@ def _dot4(a, b, c, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _open(w, w1, high, r: tl.constexpr, BITS: tl.constexpr):
-    """Codes (C/4)·i + r, i = 0…3, of a column as four signed bytes, each times 2^(8−BITS)."""
+def _open(w0, w1, w2, r: tl.constexpr, BITS: tl.constexpr):
+    """Codes (C/4)·i + r, i = 0…3, of a column as four signed bytes, each times 2^(8−BITS).
+
+    ``w0``, or at 3 bits all three, are the column's words: see ``split_planes``.
+    """
     if BITS == 8:
-        code = w ^ _TOP_BITS
+        code = w0 ^ _TOP_BITS
     elif BITS == 4:
-        code = ((w << (4 - 4 * r)) & _HIGH_NIBBLES) ^ _TOP_BITS
+        code = ((w0 << (4 - 4 * r)) & _HIGH_NIBBLES) ^ _TOP_BITS
+    elif r < 6:  # whole in a word, its sign in place already
+        w = w0 if r < 2 else (w1 if r < 4 else w2)
+        code = (w << (3 * (r % 2))) & _TOP_THREE
     else:
-        low = w if r < 4 else w1
-        low = low >> 1 if r % 4 == 3 else low << (5 - 2 * (r % 4))
-        code = (low & _TWO_BITS) | ((high << (7 - r)) & _TOP_BITS)
+        w = w0 if r == 6 else w1
+        code = ((w << 5) & _BELOW_TOP) | ((w2 << r) & _TOP_BITS)
     return code
 
 
 @triton.jit
-def _load(w_row, s_row, k0, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, BW: tl.constexpr):
-    """The weights of BW columns from k0 on: one word, or at 3 bits two of low bits and one of signs; and their scales.
+def load_weights(w_row, s_row, k0, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, BW: tl.constexpr):
+    """The weights of BW columns from k0 on: one word, or at 3 bits three; and their scales.
 
     Scales are [BW/4, rows], or [BW, rows] at 3 bits; 1 where a row has one scale, which is applied at the end.
     """
@@ -64,18 +70,18 @@ def _load(w_row, s_row, k0, K: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr
     COLS: tl.constexpr = (K + C - 1) // C
     U: tl.constexpr = 1 if BITS == 3 else 4
     c = (k0 + tl.arange(0, BW))[:, None]
-    w = tl.load(w_row + c, mask=c < COLS, other=0, eviction_policy="evict_first")
-    w1 = w
-    high = w
+    w0 = tl.load(w_row + c, mask=c < COLS, other=0, eviction_policy="evict_first")
+    w1 = w0
+    w2 = w0
     if BITS == 3:
         w1 = tl.load(w_row + COLS + c, mask=c < COLS, other=0, eviction_policy="evict_first")
-        high = tl.load(w_row + 2 * COLS + c, mask=c < COLS, other=0, eviction_policy="evict_first")
+        w2 = tl.load(w_row + 2 * COLS + c, mask=c < COLS, other=0, eviction_policy="evict_first")
     if G == K:
         s = tl.full([1, 1], 1.0, tl.float32)
     else:
         k = (k0 * C + tl.arange(0, BW // U) * (U * C))[:, None]
         s = tl.load(s_row + k // G, mask=k < K, other=0.0)
-    return w, w1, high, s
+    return w0, w1, w2, s
 
 
 @triton.jit
@@ -141,7 +147,17 @@ def call(ptr, used, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _call_rows(w_ptr, rows, WORDS: tl.constexpr, FIRST: tl.constexpr):
+def call_share(ptr, ROWS, PITCH: tl.constexpr, LINES: tl.constexpr, SHARE: tl.constexpr):
+    """Ask for this program's SHARE of the first LINES · 128 bytes of all ROWS of PITCH words to be brought into L2."""
+    line = tl.program_id(0) * SHARE + tl.minimum(tl.arange(0, triton.next_power_of_2(SHARE)), SHARE - 1)
+    line = tl.minimum(line, ROWS * LINES - 1)
+    word = line // LINES * PITCH + tl.minimum(line % LINES * 32, PITCH - 1)
+    address = (ptr + word).to(tl.int64)
+    tl.inline_asm_elementwise(_PREFETCH, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def call_rows(w_ptr, rows, WORDS: tl.constexpr, FIRST: tl.constexpr):
     """Ask for words [FIRST, WORDS) of ``rows`` to be brought into L2, a cache line of 32 words at a time."""
     call((w_ptr + (rows[None, :] * WORDS + FIRST)), (WORDS - FIRST) * 4, (WORDS - FIRST) * 4)
 
@@ -166,12 +182,12 @@ def first_weights(
     RUNS: tl.constexpr = 3 if BITS == 3 else 1
     w_row = w_ptr + rows[None, :] * (RUNS * COLS)
     s_row = s_ptr + rows[None, :] * (K // G)
-    begun = _load(w_row, s_row, 0, K, G, BITS, BW)
+    begun = load_weights(w_row, s_row, 0, K, G, BITS, BW)
     second = begun
     if EARLY > 1 and BW < COLS:
-        second = _load(w_row, s_row, BW, K, G, BITS, BW)
+        second = load_weights(w_row, s_row, BW, K, G, BITS, BW)
     if AHEAD and COLS > EARLY * BW:
-        _call_rows(w_ptr, rows, RUNS * COLS, 0 if BITS == 3 else EARLY * BW)
+        call_rows(w_ptr, rows, RUNS * COLS, 0 if BITS == 3 else EARLY * BW)
     return begun, second
 
 
@@ -209,15 +225,15 @@ def row_products(
     w_row = w_ptr + rows[None, :] * (RUNS * COLS)
     s_row = s_ptr + rows[None, :] * (K // G)
     acc = tl.zeros([BU, BN], dtype=tl.float32)
-    w, w1, high, s = begun
+    w0, w1, w2, s = begun
     following = second_step
     for k0 in tl.static_range(0, COLS, BW):
         if k0 + EARLY * BW < COLS:
-            ahead = _load(w_row, s_row, k0 + EARLY * BW, K, G, BITS, BW)
+            ahead = load_weights(w_row, s_row, k0 + EARLY * BW, K, G, BITS, BW)
         first = tl.zeros([BW, BN], dtype=tl.int32)
         second = tl.zeros([BW, BN], dtype=tl.int32)
         for r in tl.static_range(C // 4):
-            code = _open(w, w1, high, r, BITS)
+            code = _open(w0, w1, w2, r, BITS)
             x = q_ptr + (r * XC + k0) + cols
             valid = cols + k0 < COLS
             first = _dot4(code, tl.load(x, mask=valid, other=0)[:, None], first, EMULATE)
@@ -229,13 +245,45 @@ def row_products(
         x_scale = tl.load(xs_ptr + k // 32, mask=k < K, other=0.0)
         acc += both.to(tl.float32) * (s.to(tl.float32) * x_scale[:, None])
         if EARLY > 1:
-            w, w1, high, s = following
+            w0, w1, w2, s = following
             if k0 + EARLY * BW < COLS:
                 following = ahead
         elif k0 + BW < COLS:
-            w, w1, high, s = ahead
+            w0, w1, w2, s = ahead
 
     return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def activations(q_ptr, xs_ptr, K: tl.constexpr, BITS: tl.constexpr, XC: tl.constexpr, BW: tl.constexpr):
+    """All planes of one token, a tuple of int32 [BW] for both planes of each r, and the scales of units of columns."""
+    C: tl.constexpr = 32 if BITS == 3 else 32 // BITS
+    COLS: tl.constexpr = (K + C - 1) // C
+    U: tl.constexpr = 1 if BITS == 3 else 4
+    cols = tl.arange(0, BW)
+    x = ()
+    for i in tl.static_range(2 * (C // 4)):
+        x = x + (tl.load(q_ptr + i * XC + cols, mask=cols < COLS, other=0),)
+    k = tl.arange(0, BW // U) * (U * C)
+    return x, tl.load(xs_ptr + k // 32, mask=k < K, other=0.0)
+
+
+@triton.jit
+def whole_rows(loaded, x, x_scale, BITS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, EMULATE: tl.constexpr):
+    """As ``row_products``, of rows ``loaded`` whole by ``load_weights`` and what ``activations`` gave: float32 [BN]."""
+    C: tl.constexpr = 32 if BITS == 3 else 32 // BITS
+    U: tl.constexpr = 1 if BITS == 3 else 4
+    w0, w1, w2, s = loaded
+    first = tl.zeros([BW, BN], dtype=tl.int32)
+    second = tl.zeros([BW, BN], dtype=tl.int32)
+    for r in tl.static_range(C // 4):
+        code = _open(w0, w1, w2, r, BITS)
+        first = _dot4(code, x[r][:, None], first, EMULATE)
+        second = _dot4(code, x[r + C // 4][:, None], second, EMULATE)
+    both = first * 254 + second
+    if U > 1:
+        both = tl.sum(both.reshape(BW // U, U, BN), axis=1)
+    return tl.sum(both.to(tl.float32) * (s.to(tl.float32) * x_scale[:, None]), axis=0)
 
 
 @triton.jit(do_not_specialize=["N", "M"])  # a kernel compiles once for 1 to 16 tokens
@@ -285,10 +333,12 @@ def gemv(
 
 @triton.jit
 def split_planes(src_ptr, dst_ptr, COUNT, WORDS, COLS, BT: tl.constexpr):
-    """A dense 3-bit stream [N, WORDS] → planes [N, 3, COLS], COUNT = N·COLS; 32 codes are three words in both.
+    """A dense 3-bit stream [N, WORDS] → [N, 3, COLS], COUNT = N·COLS; 32 codes are three words in both.
 
-    Code 8·i + r of a column: its low two bits are field r % 4 of byte i of run r // 4; the third bit, inverted, is bit
-    r of byte i of the last run, so that a set bit is the sign of code − 4.
+    Of a column's words each byte holds two whole codes and two bits: byte i of word j has code 8·i + 2·j in bits 5…7
+    and 8·i + 2·j + 1 in bits 2…4. Bits 0 and 1 of words 0 and 1 are the lower two of codes 8·i + 6 and 8·i + 7, those
+    of word 2 are the third of 8·i + 7 and of 8·i + 6. Every third bit is inverted: it is the sign of code − 4. So most
+    codes open by one shift and one mask.
     """
     index = tl.program_id(0) * BT + tl.arange(0, BT)
     n = index // COLS
@@ -298,9 +348,9 @@ def split_planes(src_ptr, dst_ptr, COUNT, WORDS, COLS, BT: tl.constexpr):
     a = tl.load(src, mask=inside & (3 * t < WORDS), other=0)
     b = tl.load(src + 1, mask=inside & (3 * t + 1 < WORDS), other=0)
     c = tl.load(src + 2, mask=inside & (3 * t + 2 < WORDS), other=0)
-    low0 = tl.zeros([BT], dtype=tl.int32)
-    low1 = tl.zeros([BT], dtype=tl.int32)
-    high = tl.zeros([BT], dtype=tl.int32)
+    w0 = tl.zeros([BT], dtype=tl.int32)
+    w1 = tl.zeros([BT], dtype=tl.int32)
+    w2 = tl.zeros([BT], dtype=tl.int32)
     for e in tl.static_range(32):
         if e == 10:  # bits 30, 31 and 32
             code = ((a >> 30) & 3) | ((b & 1) << 2)
@@ -312,12 +362,20 @@ def split_planes(src_ptr, dst_ptr, COUNT, WORDS, COLS, BT: tl.constexpr):
             code = b >> (3 * e - 32)
         else:
             code = c >> (3 * e - 64)
-        if e % 8 < 4:
-            low0 |= (code & 3) << (e // 8 * 8 + e % 4 * 2)
+        code = (code & 7) ^ 4
+        if e % 8 == 6:
+            w0 |= (code & 3) << (e // 8 * 8)
+            w2 |= (code >> 2) << (e // 8 * 8 + 1)
+        elif e % 8 == 7:
+            w1 |= (code & 3) << (e // 8 * 8)
+            w2 |= (code >> 2) << (e // 8 * 8)
+        elif e % 8 < 2:
+            w0 |= code << (e // 8 * 8 + 5 - 3 * (e % 2))
+        elif e % 8 < 4:
+            w1 |= code << (e // 8 * 8 + 5 - 3 * (e % 2))
         else:
-            low1 |= (code & 3) << (e // 8 * 8 + e % 4 * 2)
-        high |= (((code >> 2) & 1) ^ 1) << e
+            w2 |= code << (e // 8 * 8 + 5 - 3 * (e % 2))
     dst = dst_ptr + n * (3 * COLS) + t
-    tl.store(dst, low0, mask=inside)
-    tl.store(dst + COLS, low1, mask=inside)
-    tl.store(dst + 2 * COLS, high, mask=inside)
+    tl.store(dst, w0, mask=inside)
+    tl.store(dst + COLS, w1, mask=inside)
+    tl.store(dst + 2 * COLS, w2, mask=inside)

@@ -8,6 +8,7 @@ import torch
 from triton import cdiv
 
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile
+from lbq.runtime.kernels.gemv.tiles import codes_a_column
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
 from lbq.runtime.kernels.planes import Activations, Normed, launch_options, plane_layout
 from lbq.runtime.kernels.project import triton as kernels
@@ -37,6 +38,8 @@ def project(
     pdl: bool = False,
     ahead: bool = False,
     early: int = 1,
+    following: ArrangedWeight | None = None,
+    lines: int = 0,
 ) -> None:
     """W·x + bias of one token, float32, ended as ``kind`` says.
 
@@ -44,7 +47,8 @@ def project(
     act(gate) · up goes to ``y`` [N]. ``to``, after "add" a :class:`Normed` and after "gated" an :class:`Activations`,
     takes the planes of the result; programs of less than 32 outputs then share ``counters``. Without ``to`` a kernel of
     ``planes`` has to write them. ``pdl``: see ``planes.launch_options``; ``ahead``: call all weights of a program into
-    L2 while it waits; ``early``: steps along K, 1 or 2, whose weights it has in registers then.
+    L2 while it waits; ``early``: steps along K, 1 or 2, whose weights it has in registers then; ``lines``: 128 bytes
+    each from the start of every row of ``following`` that the programs together call into L2 besides.
     """
     n = y.numel()
     assert y.shape == (n,)
@@ -52,7 +56,7 @@ def project(
     assert (x.planes.bits, x.planes.k) == (weight.bits, weight.k)
     assert weight.n == (2 * n if kind == "gated" else n)
     assert bias is None or (bias.shape == (weight.n,) and bias.dtype == torch.float32)
-    outputs = tile.rows // 2 if kind == "gated" else tile.rows
+    outputs = (tile.rows // 2 if kind == "gated" else tile.rows) * tile.rounds
     assert outputs >= 1
     assert early in (1, 2)
     written = to.to if isinstance(to, Normed) else to
@@ -64,7 +68,13 @@ def project(
         assert written.planes.k == n
         assert outputs % 32 == 0 or counters is not None
         layout = plane_layout(written.planes)
-    kernels.project[(cdiv(n, outputs),)](
+    programs = cdiv(n, outputs)
+    pitch = 1 if following is None else following.words.numel() // following.n
+    lines = 0 if following is None else min(lines, cdiv(pitch, 32))
+    whole = tile.rounds > 1
+    assert not whole or tile.columns * codes_a_column(weight.bits) >= weight.k
+    kernel = kernels.stream if whole else kernels.project
+    kernel[(programs,)](
         weight.words,
         weight.scales,
         x.planes.q,
@@ -77,7 +87,9 @@ def project(
         y if written is None else written.planes.scales,
         y if written is None or written.squares is None else written.squares,
         x.planes.q if counters is None else counters,
+        weight.words if following is None else following.words,
         n,
+        0 if following is None else following.n,
         K=weight.k,
         G=weight.group,
         BITS=weight.bits,
@@ -94,7 +106,10 @@ def project(
         FOLD_OUT=layout[2],
         PDL=pdl,
         AHEAD=ahead,
-        EARLY=early,
+        **({"ROUNDS": tile.rounds} if whole else {"EARLY": early}),
+        NEXT_PITCH=pitch if lines else 1,
+        NEXT_LINES=max(lines, 1),
+        NEXT_SHARE=cdiv(following.n * lines, programs) if lines and following else 0,
         EMULATE=INTERPRETED,
         num_warps=tile.warps,
         **launch_options(pdl),

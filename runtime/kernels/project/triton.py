@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from lbq.runtime.kernels.arrivals import arrived
-from lbq.runtime.kernels.gemv.triton import first_weights, row_products, store_planes
+from lbq.runtime.kernels.gemv.triton import (
+    activations,
+    call_rows,
+    call_share,
+    first_weights,
+    load_weights,
+    row_products,
+    store_planes,
+    whole_rows,
+)
 from lbq.runtime.kernels.planes.triton import activate, norm_blocks, store_normed
 
 
@@ -56,7 +65,17 @@ def _hand_on(
         store_planes(y, block, q_ptr, s_ptr, (N + 31) // 32, XC, C, FOLD, BB)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
+def _row(first, e, N, KIND: tl.constexpr):
+    """The row of W that is the ``e``-th behind output ``first``: a gate's and its up's side by side."""
+    if KIND == "gated":
+        row = tl.minimum(first + e // 2, N - 1) + e % 2 * N
+    else:
+        row = tl.minimum(first + e, N - 1)
+    return row
+
+
+@triton.jit(do_not_specialize=["N", "NEXT_ROWS"])
 def project(
     w_ptr,
     s_ptr,
@@ -70,7 +89,9 @@ def project(
     s_out_ptr,
     squares_out_ptr,
     arrivals_ptr,
+    next_ptr,
     N,
+    NEXT_ROWS,
     K: tl.constexpr,
     G: tl.constexpr,
     BITS: tl.constexpr,
@@ -88,6 +109,9 @@ def project(
     PDL: tl.constexpr,
     AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
+    NEXT_PITCH: tl.constexpr,
+    NEXT_LINES: tl.constexpr,
+    NEXT_SHARE: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
     """A projection of one token on packed weights, y = W·x + bias, with x normalised after the fact if NORMED.
@@ -98,17 +122,15 @@ def project(
     With C_OUT, planes of the result (for "add": of the stream ⊙ norm, and its squares) are written for the next
     projection: by the program itself where it owns whole blocks of 32 outputs, else by the last to arrive of those
     that share a block, through ``y_ptr``.
+
+    With PDL and NEXT_SHARE, lines of the weights that the next projection will read are called into L2 meanwhile.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     R: tl.constexpr = BN // 2 if KIND == "gated" else BN  # outputs of a program
     first = tl.program_id(0) * R
     out = first + tl.arange(0, R)
-    if KIND == "gated":  # a gate's row and its up's, side by side
-        part = tl.arange(0, BN)
-        rows = tl.minimum(first + part // 2, N - 1) + part % 2 * N
-    else:
-        rows = tl.minimum(out, N - 1)
+    rows = _row(first, tl.arange(0, BN), N, KIND)
     if G == K:
         row_scale = tl.load(s_ptr + rows).to(tl.float32)
     if HAS_BIAS:
@@ -122,6 +144,8 @@ def project(
     # stands before the loop, because Triton 3.7.1 moves loads over one inside.
     begun, second = first_weights(w_ptr, s_ptr, rows, K, G, BITS, BW, PDL and AHEAD, EARLY)
     if PDL:
+        if NEXT_SHARE > 0:
+            call_share(next_ptr, NEXT_ROWS, NEXT_PITCH, NEXT_LINES, NEXT_SHARE)
         tl.extra.cuda.gdc_wait()
     if NORMED:
         squares = _squares(squares_ptr, K)
@@ -157,6 +181,117 @@ def project(
             e = block[:, None] * 32 + tl.arange(0, 32)[None, :]
             whole = tl.load(y_ptr + e, mask=e < N, other=0.0, cache_modifier=".cg")
             _hand_on(whole, norm, block, q_out_ptr, s_out_ptr, squares_out_ptr, N, C_OUT, XC_OUT, FOLD_OUT, KIND, 1)
+
+
+@triton.jit(do_not_specialize=["N", "NEXT_ROWS"])
+def stream(
+    w_ptr,
+    s_ptr,
+    q_ptr,
+    xs_ptr,
+    squares_ptr,
+    bias_ptr,
+    y_ptr,
+    norm_ptr,
+    q_out_ptr,
+    s_out_ptr,
+    squares_out_ptr,
+    arrivals_ptr,
+    next_ptr,
+    N,
+    NEXT_ROWS,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    BITS: tl.constexpr,
+    XC: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMED: tl.constexpr,
+    EPS: tl.constexpr,
+    KIND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    C_OUT: tl.constexpr,
+    XC_OUT: tl.constexpr,
+    FOLD_OUT: tl.constexpr,
+    PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    NEXT_PITCH: tl.constexpr,
+    NEXT_LINES: tl.constexpr,
+    NEXT_SHARE: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    """As ``project``, by programs that go through ROUNDS · BN rows, BN whole rows of at most BW columns at a time: the
+    activations stay in registers, and the next rows are loaded while these are multiplied.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    C: tl.constexpr = 32 if BITS == 3 else 32 // BITS
+    PITCH: tl.constexpr = (K + C - 1) // C * (3 if BITS == 3 else 1)
+    R: tl.constexpr = BN // 2 if KIND == "gated" else BN  # outputs of a round
+    ALL: tl.constexpr = R * ROUNDS
+    first = tl.program_id(0) * ALL
+    e = tl.arange(0, BN)
+    rows = _row(first, e, N, KIND)
+    BLOCKS: tl.constexpr = ALL // 32 if ALL % 32 == 0 else 1
+    block = first // 32 + tl.arange(0, BLOCKS)
+    norm = 0.0
+    if KIND == "add" and C_OUT > 0:
+        norm = norm_blocks(norm_ptr, block, N)
+    loaded = load_weights(w_ptr + rows[None, :] * PITCH, s_ptr + rows[None, :] * (K // G), 0, K, G, BITS, BW)
+    if PDL:
+        if AHEAD:
+            call_rows(w_ptr, _row(first, tl.arange(0, BN * ROUNDS), N, KIND), PITCH, 0)
+        if NEXT_SHARE > 0:
+            call_share(next_ptr, NEXT_ROWS, NEXT_PITCH, NEXT_LINES, NEXT_SHARE)
+        tl.extra.cuda.gdc_wait()
+    x, x_scale = activations(q_ptr, xs_ptr, K, BITS, XC, BW)
+    factor = 1.0
+    if NORMED:
+        factor = tl.rsqrt(tl.sum(_squares(squares_ptr, K), axis=0) / K + EPS)
+    for t in tl.static_range(ROUNDS):
+        if t + 1 < ROUNDS:
+            following = _row(first + (t + 1) * R, e, N, KIND)
+            ahead = load_weights(
+                w_ptr + following[None, :] * PITCH, s_ptr + following[None, :] * (K // G), 0, K, G, BITS, BW
+            )
+        rows = _row(first + t * R, e, N, KIND)
+        out = first + t * R + tl.arange(0, R)
+        if G == K:
+            row_scale = tl.load(s_ptr + rows).to(tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + rows)
+        if KIND == "add":
+            # Not through L1, which may hold the line from before other programs wrote their part of it.
+            streamed = tl.load(y_ptr + out, mask=out < N, other=0.0, cache_modifier=".cg")
+        y = whole_rows(loaded, x, x_scale, BITS, BN, BW, EMULATE) * factor
+        if G == K:
+            y *= row_scale
+        if HAS_BIAS:
+            y += bias
+        if KIND == "gated":
+            gate, up = tl.split(y.reshape(R, 2))
+            y = activate(gate, ACTIVATION) * up
+        if KIND == "add":
+            y += streamed
+        tl.store(y_ptr + out, y, mask=out < N)
+        if t + 1 < ROUNDS:
+            loaded = ahead
+
+    if C_OUT > 0:
+        if ALL % 32 == 0:
+            tl.debug_barrier()
+            complete = True
+        else:
+            shared = first // 32
+            complete = arrived(arrivals_ptr, shared, (tl.minimum(N - shared * 32, 32) + ALL - 1) // ALL)
+        if complete:
+            at = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+            whole = tl.load(y_ptr + at, mask=at < N, other=0.0, cache_modifier=".cg")
+            _hand_on(
+                whole, norm, block, q_out_ptr, s_out_ptr, squares_out_ptr, N, C_OUT, XC_OUT, FOLD_OUT, KIND, BLOCKS
+            )
 
 
 @triton.jit(do_not_specialize=["N", "M"])

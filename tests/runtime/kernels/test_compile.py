@@ -141,11 +141,11 @@ def test_the_other_kernels(capability: int, tmp_path: Path) -> None:
     assert all(VECTOR in load for load in loads if "evict_first" in load)
 
 
-def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile, *, pdl: bool, early: int = 1) -> Any:
+def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile, *, pdl: bool, early: int = 1, lines: int = 0) -> Any:
     """A projection of K = k whose N = n outputs go on as planes for INT4, or nowhere."""
-    pointers = ["w", "s", "q", "xs", "squares", "bias", "y", "norm", "q_out", "s_out", "squares_out", "arrivals"]
+    pointers = ["w", "s", "q", "xs", "squares", "bias", "y", "norm", "q_out", "s_out", "squares_out", "arrivals", "next"]
     types = {f"{name}_ptr": "*fp32" for name in pointers}
-    types |= {"w_ptr": "*i32", "s_ptr": "*bf16", "q_ptr": "*i32", "q_out_ptr": "*i32", "arrivals_ptr": "*i32"}
+    types |= {"w_ptr": "*i32", "s_ptr": "*bf16", "q_ptr": "*i32", "q_out_ptr": "*i32", "arrivals_ptr": "*i32", "next_ptr": "*i32"}
     constants = {
         "K": k,
         "G": k if bits == 8 else 128,
@@ -164,9 +164,12 @@ def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile
         "PDL": pdl,
         "AHEAD": pdl,
         "EARLY": early,
+        "NEXT_PITCH": k * bits // 32,
+        "NEXT_LINES": 4,
+        "NEXT_SHARE": 32 * lines,
         "EMULATE": False,
     }
-    return _compile(project.project, capability, chosen.warps, {**types, "N": "i32"}, constants)
+    return _compile(project.project, capability, chosen.warps, {**types, "N": "i32", "NEXT_ROWS": "i32"}, constants)
 
 
 def _attend(capability: int, group: int, dim: int, *, eight: bool = False, pdl: bool = False) -> Any:

@@ -126,3 +126,29 @@ def test_repeats_are_bit_identical(rows: int, random_weight: Weights) -> None:
         found.append((stream, to.to.planes.q, to.to.planes.scales, to.to.squares))
     for one in found[1:]:
         assert all(map(torch.equal, one, found[0]))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("rounds", [2, 4, 8])
+def test_whole_rows_past_resident_activations(
+    bits: int, rows: int, rounds: int, random_weight: Weights, relative_error: Error
+) -> None:
+    """Programs of 4 to 64 rows: several a block of 32 outputs, or whole blocks."""
+    n, k = 70, 480
+    tile = Tile(rows, 128, 1, rounds)
+    weight, x, w = random_weight(n, k, bits, 96, DEVICE), 0.1 * normal(k), normal(n, seed=2)
+    bias, stream, arranged = normal(n, seed=3), 3 * normal(n, seed=4), gemv.arrange(weight)
+    expected = stream.double() + product.gemv(x[None], weight, bias)[0]
+    to = Normed(Activations.empty(n, 4, DEVICE, eps=1e-6), w)
+    project(plain(x, bits), arranged, bias, stream, kind="add", tile=tile, to=to, counters=arrivals(n, DEVICE))
+    assert relative_error(stream, expected) <= BOUND
+    assert relative_error(value(to.to), rms_norm(expected, w, 1e-6)) <= BOUND
+    gate, up = product.gemv(x[None], weight, bias)[0].split(n // 2)
+    y, to = torch.full((n // 2,), float("nan"), device=DEVICE), Activations.empty(n // 2, 8, DEVICE)
+    counters = arrivals(n // 2, DEVICE)
+    project(plain(x, bits), arranged, bias, y, kind="gated", tile=tile, to=to, counters=counters)
+    expected = torch.nn.functional.silu(gate) * up
+    assert relative_error(y, expected) <= BOUND
+    assert relative_error(value(to), expected) <= BOUND
+    assert not counters.any()
