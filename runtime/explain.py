@@ -260,7 +260,8 @@ def _shape_of(matrix: Matrix) -> ArrangedWeight:
 
 
 def _tile(tile: Tile) -> str:
-    return f"tiles of {tile.rows}×{tile.columns} words on {tile.warps} warp{'s' if tile.warps > 1 else ''}"
+    rounds = f"{tile.rounds} rounds of " if tile.rounds > 1 else ""
+    return f"{rounds}tiles of {tile.rows}×{tile.columns} words on {tile.warps} warp{'s' if tile.warps > 1 else ''}"
 
 
 def _reason(tile: Tile, matrix: Matrix, rows: int, sms: int, outputs: int | None = None) -> str:
@@ -269,6 +270,8 @@ def _reason(tile: Tile, matrix: Matrix, rows: int, sms: int, outputs: int | None
 
     columns, programs = -(-matrix.k // codes_a_column(matrix.bits)), -(-(outputs or matrix.n) // rows)
     load = f"{programs} programs for {sms} multiprocessors"
+    if tile.rounds > 1:
+        return f"{tile.owned} whole rows a program, past activations in registers: {load}"
     if tile.columns != 128 * tile.warps:
         return f"its rows are short, {columns} words: {load}"
     if tile.warps > 1:

@@ -22,6 +22,7 @@ from lbq.runtime.kernels.attention import Cache, Heads, Scratch, Short, attend, 
 from lbq.runtime.kernels.attention import reference as plain_attention
 from lbq.runtime.kernels.gemv import Tile
 from lbq.runtime.kernels.gemv.reference import gemv as float64_product
+from lbq.runtime.kernels.gemv.tiles import whole_rows
 from lbq.runtime.kernels.planes import Activations, Normed
 from lbq.runtime.kernels.planes.reference import rms_norm, value
 from lbq.runtime.kernels.project import arrivals, project
@@ -55,6 +56,10 @@ def _projections(bench: Bench) -> Iterator[Case]:
         for tile in (Tile(16, 32, 2), Tile(64, 64, 4)) if bench.toy else (Tile(2, 128, 1), Tile(32, 128, 8)):
             yield from _added(bench, x, source, n, tile)
             yield _gated(bench, x, source, n, replace(tile, rows=min(64, 2 * tile.rows)))
+        whole = whole_rows(k, bits, 2, 4, 1)
+        assert whole is not None
+        yield from _added(bench, x, source, n, whole)
+        yield _gated(bench, x, source, n, whole)
 
 
 def _weight(bench: Bench, n: int, x: Activations) -> PackedWeight:

@@ -49,7 +49,8 @@ def compile_job(job: Job) -> str | None:
         if job.model not in _made:
             _made.clear()
             torch.cuda.empty_cache()
-            _made[job.model] = job.model.decoder(_device(), layers=1)
+            # Of two layers: what the last layer's down projection hands on is the head's.
+            _made[job.model] = job.model.decoder(_device(), layers=2)
         decoder = _made[job.model]
         if job.role is None:
             CudaEngine(decoder, 256, graphs=False).decode(1)

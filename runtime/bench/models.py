@@ -155,6 +155,7 @@ def _label(kind: str, plan: Plan) -> str:
     tile = how.tile
     return (
         f"{tile.rows}×{tile.columns}/{tile.warps}"
+        + (f" {tile.rounds} rounds" if tile.rounds > 1 else "")
         + (" apart" if how.apart else "")
         + (" ahead" if how.ahead else "")
         + (" early" if how.early > 1 else "")

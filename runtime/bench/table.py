@@ -35,6 +35,7 @@ def table_of(bench: Bench) -> Table:
                 how.apart,
                 how.ahead,
                 how.early,
+                how.tile.rounds,
                 how.lines,
             )
             for role, weight in step_weights(decoder).items()

@@ -14,9 +14,11 @@ from lbq.runtime.fused.plan import ROLES, Plan, Projecting, Role
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels.attention import Heads, Short, Split, serves_short, split_for
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile
-from lbq.runtime.kernels.gemv.tiles import codes_a_column
+from lbq.runtime.kernels.gemv.tiles import codes_a_column, whole_rows
 
 STEPS = 128  # the most words a thread opens in a fully unrolled kernel
+
+REGISTERS = 64  # of a thread for the activations of whole rows; fewer for the rows
 
 AGAIN = 4  # tiles of a role that are tried a second time
 
@@ -42,9 +44,25 @@ def tiles(role: Role, k: int, bits: int) -> list[Tile]:
         found += [Tile(r, c, w) for r, c, w in ((8, 32, 2), (4, 64, 4), (16, 64, 8), (32, 32, 4))]
     if role in ("out", "down", "gate_up"):  # programs that own whole blocks of 32 outputs
         found += [Tile(32 * least, c, w) for c, w in ((32, 2), (32, 4), (64, 4), (64, 8), (128, 8), (128, 16))]
+    found += _whole_rows(least, k, bits)
     found = list(dict.fromkeys(found))
     found = [t for t in found if t.columns < 2 * columns or t.columns == 32]
     return [t for t in found if t.rows * t.columns // (32 * t.warps) * -(-columns // t.columns) <= STEPS]
+
+
+def _whole_rows(least: int, k: int, bits: int) -> list[Tile]:
+    """Tiles of rounds of whole rows, whose rows and activations leave a program registers enough."""
+    words = 3 if bits == 3 else 1
+    shapes = [(loads, r, n) for loads in (1, 2, 4) for r in (1, 2, 4, 8) for n in (2, 4, 8)]
+    found = [
+        whole_rows(k, bits, rows, rounds, loads)
+        for loads, rows, rounds in shapes
+        if rows >= least
+        and loads * 2 * codes_a_column(bits) <= REGISTERS
+        and 8 <= 4 * words * loads * rows <= REGISTERS - 16
+        and 4 * loads * rows * rounds <= STEPS
+    ]
+    return [tile for tile in found if tile is not None]
 
 
 def splits(heads: Heads, sm_count: int) -> list[Split]:
@@ -83,6 +101,9 @@ def variants(plan: Plan, role: Role, weight: ArrangedWeight, sm_count: int) -> I
         yield plan.with_role(role, replace(now, early=3 - now.early))
     if role in ("out", "gate_up", "down"):
         yield plan.with_role(role, replace(now, apart=not now.apart))
+    if plan.pdl and role == "out":  # which follows attention, that leaves the memory idle
+        for lines in (1, 2):
+            yield plan.with_role(role, replace(now, lines=lines))
 
 
 def step_weights(decoder: Decoder) -> dict[Role, ArrangedWeight]:

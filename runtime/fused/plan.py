@@ -11,7 +11,7 @@ from lbq.runtime.fused.tables import Table
 from lbq.runtime.kernels.attention import Heads, Short, Split, serves_short, split_for
 from lbq.runtime.kernels.batch import BatchTile, tile_for
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile, tile
-from lbq.runtime.kernels.gemv.tiles import codes_a_column
+from lbq.runtime.kernels.gemv.tiles import codes_a_column, whole_rows
 
 Role = Literal["qkv", "out", "gate_up", "down", "head"]
 ROLES: tuple[Role, ...] = ("qkv", "out", "gate_up", "down", "head")
@@ -33,7 +33,7 @@ class Projecting:
 
     def outputs(self, role: Role) -> int:
         """Outputs of a program."""
-        return (self.tile.rows // 2 if role == "gate_up" else self.tile.rows) * self.tile.rounds
+        return self.tile.owned // 2 if role == "gate_up" else self.tile.owned
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,9 @@ def _rule(role: Role, weight: ArrangedWeight, sm_count: int) -> Projecting:
         return Projecting(
             replace(chosen, rows=max(2, chosen.rows)) if role == "gate_up" else chosen, ahead=role == "out"
         )
+    whole = whole_rows(weight.k, weight.bits, 2, 2, {3: 1, 4: 2, 8: 4}[weight.bits]) if role == "qkv" else None
+    if whole is not None:
+        return Projecting(whole)
     if role == "out" or (role == "gate_up" and weight.bits < 8):  # programs that own whole blocks of 32 outputs
         return Projecting(Tile(64 if role == "gate_up" else 32, 128, 8), ahead=role == "out")
     warps = 2 if role == "head" else 4

@@ -47,11 +47,12 @@ class Measured(Part, frozen=True):
     apart: bool
     ahead: bool
     early: Count = 1
+    rounds: Count = 1
     lines: Annotated[int, Meta(ge=0)] = 0
 
     @property
     def tile(self) -> Tile:
-        return Tile(self.rows, self.columns, self.warps)
+        return Tile(self.rows, self.columns, self.warps, self.rounds)
 
     def distance(self, weight: ArrangedWeight) -> float:
         """Doublings between the two shapes; infinite where the tile would be out of place."""
@@ -59,6 +60,8 @@ class Measured(Part, frozen=True):
             return math.inf
         columns = -(-weight.k // codes_a_column(weight.bits))
         if self.columns >= 2 * columns and self.columns > 32:
+            return math.inf
+        if self.rounds > 1 and self.columns < columns:
             return math.inf
         return abs(math.log2(weight.n / self.n)) + abs(math.log2(weight.k / self.k))
 

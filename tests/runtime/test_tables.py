@@ -23,6 +23,7 @@ TABLE = Table(
         Measured("down", 4096, 14336, 4, 256, 4, 256, 2, apart=True, ahead=False, early=2),
         Measured("down", 4096, 14336, 4, 128, 2, 128, 1, apart=False, ahead=True),
         Measured("qkv", 6144, 4096, 4, 256, 4, 512, 4, apart=False, ahead=False),
+        Measured("qkv", 6144, 4096, 3, 256, 2, 128, 1, apart=False, ahead=True, rounds=4, lines=2),
     ),
     (MeasuredHeads(8, 4, 128, Split(16, 128, 128, 3, 8), Short(512, 64, 4)),),
 )
@@ -40,6 +41,8 @@ def test_what_was_measured_is_used():
     assert (how.tile, how.apart, how.ahead, how.early) == (Tile(4, 256, 2), True, False, 2)
     assert plan.projecting("down", weight(4096, 14336, group=128), 28).tile == Tile(2, 128, 1)
     assert plan.origin("down", weight(4096, 14336)) == "measured on Some GPU"
+    how = plan.projecting("qkv", weight(6144, 4096, bits=3), 28)
+    assert (how.tile, how.ahead, how.lines, how.outputs("qkv")) == (Tile(2, 128, 1, 4), True, 2, 8)
     assert plan.splitting(HEADS, 28) == Split(16, 128, 128, 3, 8)
     assert plan.shortening(HEADS) == Short(512, 64, 4)
     chosen = plan.with_role("down", plan.projecting("qkv", weight(6144, 4096), 28))
@@ -53,6 +56,7 @@ def test_a_shape_near_one_that_was_measured():
     for other in (weight(1024, 3072), weight(4096, 14336, bits=3), weight(4096, 512)):
         assert plan.origin("down", other) is None
         assert plan.projecting("down", other, 28) == Plan().projecting("down", other, 28)
+    assert plan.origin("qkv", weight(6144, 5120, bits=3)) is None  # rows longer than the tile that holds them whole
     assert plan.splitting(Heads(2, 7, 64, 64, 0.1), 28) == Plan().splitting(Heads(2, 7, 64, 64, 0.1), 28)
 
 
@@ -87,7 +91,7 @@ def test_merged_tables_keep_what_only_one_has():
         attention=(MeasuredHeads(8, 2, 128, Split(1), Short()),),
     )
     merged = TABLE.merged(newer)
-    assert (merged.made, len(merged.projections), len(merged.attention)) == ("today", 3, 2)
+    assert (merged.made, len(merged.projections), len(merged.attention)) == ("today", 4, 2)
     assert merged.projection("down", weight(4096, 14336)).rows == 8
     assert merged.merged(newer) == merged
 

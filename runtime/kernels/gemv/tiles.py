@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from triton import next_power_of_2
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -12,21 +14,38 @@ class Tile:
     Two kinds keep every value in its thread up to the last sum. Either the tile is as wide as its warps read at 16
     bytes a thread (128 columns a warp), or it is so narrow that threads outnumber the columns, and Triton gives each
     thread its own copy of the activations instead of passing them through shared memory.
+
+    A program of ``project`` may go through several ``rounds`` of ``rows``: a third kind, as wide as the rows are long,
+    so that the activations are loaded once and stay in registers (``whole_rows``).
     """
 
     rows: int
     columns: int
     warps: int
-    rounds: int = 1  # of a program, each of ``rows``; whole rows then, past activations that stay in registers
+    rounds: int = 1
 
     def __post_init__(self) -> None:
-        if self.rounds > 1:
-            assert self.columns % (128 * self.warps) == 0
-            return
         assert self.rows in (1, 2, 4, 8, 16, 32, 64)
         assert self.warps in (1, 2, 4, 8, 16)
+        assert self.rounds in (1, 2, 4, 8)
+        if self.rounds > 1:
+            assert self.columns in [128 * self.warps * loads for loads in (1, 2, 4, 8)]
+            return
         assert self.columns == 128 * self.warps or self.columns in (32, 64, 128)
         assert self.columns == 128 * self.warps or self.columns < 32 * self.warps
+
+    @property
+    def owned(self) -> int:
+        """Rows of a program."""
+        return self.rows * self.rounds
+
+
+def whole_rows(k: int, bits: int, rows: int, rounds: int, loads: int) -> Tile | None:
+    """The tile of ``rounds`` of whole rows of ``k`` codes, of which a thread has ``loads`` times 16 bytes (or, at 3
+    bits, three times as many); None where that takes more than 16 warps."""
+    columns = max(128, next_power_of_2(-(-k // codes_a_column(bits))))
+    warps = max(1, columns // (128 * loads))
+    return Tile(rows, columns, warps, rounds) if warps <= 16 else None
 
 
 def codes_a_column(bits: int) -> int:

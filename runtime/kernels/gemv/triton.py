@@ -263,7 +263,7 @@ def activations(q_ptr, xs_ptr, K: tl.constexpr, BITS: tl.constexpr, XC: tl.const
     cols = tl.arange(0, BW)
     x = ()
     for i in tl.static_range(2 * (C // 4)):
-        x = x + (tl.load(q_ptr + i * XC + cols, mask=cols < COLS, other=0),)
+        x = x + (tl.load(q_ptr + i * XC + cols, mask=cols < COLS, other=0),)  # type: ignore[assignment]  # noqa: RUF005
     k = tl.arange(0, BW // U) * (U * C)
     return x, tl.load(xs_ptr + k // 32, mask=k < K, other=0.0)
 

@@ -56,7 +56,7 @@ def project(
     assert (x.planes.bits, x.planes.k) == (weight.bits, weight.k)
     assert weight.n == (2 * n if kind == "gated" else n)
     assert bias is None or (bias.shape == (weight.n,) and bias.dtype == torch.float32)
-    outputs = (tile.rows // 2 if kind == "gated" else tile.rows) * tile.rounds
+    outputs = tile.owned // 2 if kind == "gated" else tile.owned
     assert outputs >= 1
     assert early in (1, 2)
     written = to.to if isinstance(to, Normed) else to

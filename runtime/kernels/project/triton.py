@@ -68,11 +68,7 @@ def _hand_on(
 @triton.jit
 def _row(first, e, N, KIND: tl.constexpr):
     """The row of W that is the ``e``-th behind output ``first``: a gate's and its up's side by side."""
-    if KIND == "gated":
-        row = tl.minimum(first + e // 2, N - 1) + e % 2 * N
-    else:
-        row = tl.minimum(first + e, N - 1)
-    return row
+    return tl.minimum(first + e // 2, N - 1) + e % 2 * N if KIND == "gated" else tl.minimum(first + e, N - 1)
 
 
 @triton.jit(do_not_specialize=["N", "NEXT_ROWS"])

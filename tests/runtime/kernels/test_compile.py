@@ -141,11 +141,25 @@ def test_the_other_kernels(capability: int, tmp_path: Path) -> None:
     assert all(VECTOR in load for load in loads if "evict_first" in load)
 
 
-def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile, *, pdl: bool, early: int = 1, lines: int = 0) -> Any:
+def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile, *, pdl: bool, lines: int = 0) -> Any:
     """A projection of K = k whose N = n outputs go on as planes for INT4, or nowhere."""
-    pointers = ["w", "s", "q", "xs", "squares", "bias", "y", "norm", "q_out", "s_out", "squares_out", "arrivals", "next"]
-    types = {f"{name}_ptr": "*fp32" for name in pointers}
-    types |= {"w_ptr": "*i32", "s_ptr": "*bf16", "q_ptr": "*i32", "q_out_ptr": "*i32", "arrivals_ptr": "*i32", "next_ptr": "*i32"}
+    pointers = [
+        "w",
+        "s",
+        "q",
+        "xs",
+        "squares",
+        "bias",
+        "y",
+        "norm",
+        "q_out",
+        "s_out",
+        "squares_out",
+        "arrivals",
+        "next",
+    ]
+    types = {f"{name}_ptr": "*i32" if name in ("w", "q", "q_out", "arrivals", "next") else "*fp32" for name in pointers}
+    types |= {"s_ptr": "*bf16", "N": "i32", "NEXT_ROWS": "i32"}
     constants = {
         "K": k,
         "G": k if bits == 8 else 128,
@@ -163,13 +177,14 @@ def _project(capability: int, kind: str, n: int, k: int, bits: int, chosen: Tile
         "FOLD_OUT": 0.0625,
         "PDL": pdl,
         "AHEAD": pdl,
-        "EARLY": early,
+        **({"ROUNDS": chosen.rounds} if chosen.rounds > 1 else {"EARLY": 1}),
         "NEXT_PITCH": k * bits // 32,
         "NEXT_LINES": 4,
         "NEXT_SHARE": 32 * lines,
         "EMULATE": False,
     }
-    return _compile(project.project, capability, chosen.warps, {**types, "N": "i32", "NEXT_ROWS": "i32"}, constants)
+    kernel = project.stream if chosen.rounds > 1 else project.project
+    return _compile(kernel, capability, chosen.warps, types, constants)
 
 
 def _attend(capability: int, group: int, dim: int, *, eight: bool = False, pdl: bool = False) -> Any:
@@ -256,6 +271,8 @@ def test_projections_of_a_fused_step(capability: int, tmp_path: Path) -> None:
         ("gated", 3, Tile(4, 128, 1)),
         ("store", 8, SHARED),
         ("add", 4, WHOLE),
+        ("store", 3, Tile(2, 128, 1, 2)),  # rounds of whole rows
+        ("gated", 8, Tile(4, 1024, 4, 4)),
     ][: 1 if few else None]:
         loads = _check(_project(capability, kind, 4096, 4096, bits, chosen, pdl=False), tmp_path, 16384)
         weights = [load for load in loads if "evict_first" in load]
@@ -302,6 +319,11 @@ def test_dependent_launch_waits_after_the_first_weights_and_before_the_activatio
     assert ptx.index("prefetch.global.L2") < wait
     assert sum(weight for at, weight in loads if at < wait) == 2  # a row's words of the first step
     assert sum(not weight for at, weight in loads if at < wait) <= 5  # its scales, and the norm's weights
+    ptx = _project(90, "store", 4096, 4096, 3, Tile(2, 128, 1, 4), pdl=True, lines=2).asm["ptx"]
+    before, after = ptx.split("griddepcontrol.wait")
+    assert before.count("evict_first") >= 6  # three words of the first two rows
+    assert 0 < before.count("prefetch.global.L2") <= 8  # its own rows, and lines of the next projection
+    assert "prefetch.global.L2" not in after
     ptx = _attend(90, 4, 128, pdl=True).asm["ptx"]
     before, after = ptx.split("griddepcontrol.wait")
     assert 1 < len(re.findall(r"ld\.global", before)) <= 12  # the position, angles and norms
