@@ -489,6 +489,8 @@ def test_all_that_a_model_launches(capability: tuple[int, int], tmp_path: Path) 
 def test_shipped_tiles(table: Table, model: str, bits: int, tmp_path: Path) -> None:
     gpu = Gpu(table.gpu, table.capability, table.multiprocessors)
     kernels = [
-        kernel for kernel in _launched(gpu, model, bits) if kernel.function.__name__ in ("project", "attend_short")
+        kernel
+        for kernel in _launched(gpu, model, bits)
+        if kernel.function.__name__ in ("project", "stream", "attend_short")
     ]
     _check_all(gpu, kernels, tmp_path)
