@@ -178,7 +178,7 @@ class _OnCuda:
         )
         how = "; ".join(f"up to {s.splits} parts a head, {s.block} tokens at a time on {s.warps} warps" for s in splits)
         shorts = [short for each in heads if (short := self._plan().shortening(each)) is not None]
-        until = f"in one part up to {max(short.until for short in shorts)} tokens, then " if shorts else ""
+        until = f"a few tokens a program up to {max(short.until for short in shorts)} tokens, then " if shorts else ""
         return f"one launch a layer, the text {until}in {how}; keys and values in {kind}"
 
     def _ways(self, use: KernelUse) -> tuple[Way, ...]:

@@ -134,14 +134,14 @@ def _attended(bench: Bench, heads: Heads, position: int, dtype: torch.dtype, bou
     if short is None:
         attend(*text, scratch, split, to, pdl=bench.pdl)
     else:
-        attend_short(*text, short, to, pdl=bench.pdl)
+        attend_short(*text, Scratch.empty_short(heads, short, bench.device), short, to, pdl=bench.pdl)
     q, _, _ = plain_attention.new_entry(qkv, heads, None, None, angles[0][position], angles[1][position])
     k, v = cache.kv[:, :, : position + 1].double()
     if cache.scales is not None and cache.turn is not None:
         k_scales, v_scales = cache.scales[:, :, : position + 1, None].double()
         k, v = cache.turn.back(k * k_scales), v * v_scales
     error = relative_error(value(to), plain_attention.attend(q, k, v, heads))
-    kind = str(dtype).removeprefix("torch.") + (f" {short.block}/{short.warps} in one part" if short else "")
+    kind = str(dtype).removeprefix("torch.") + (f" {short.parts}×{short.block}/{short.warps}" if short else "")
     return f"attention {heads.kv_heads}×{heads.group}×{heads.dim} {kind} | position {position}", error, bound
 
 

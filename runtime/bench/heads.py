@@ -66,9 +66,9 @@ def _tune_split(bench: Bench, model: Model, decoder: Decoder, plan: Plan) -> Spl
 
 
 def _tune_until(bench: Bench, decoder: Decoder, plan: Plan) -> int:
-    """The length at which a cut cache begins to be faster than one part."""
+    """The length at which a cut cache begins to be faster than the way for short texts."""
     until = UNTIL[0]
-    bench.say("\n| tokens | in one part, µs | cut, µs |\n|---|---|---|")
+    bench.say("\n| tokens | as a short text, µs | cut, µs |\n|---|---|---|")
     for depth in (40,) if bench.toy else UNTIL:
         state = state_at(decoder, depth + 1, depth)
         times = [attention_seconds(bench, decoder, plan, state, short=short) for short in (True, False)]

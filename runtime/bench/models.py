@@ -148,7 +148,9 @@ def _tell(bench: Bench, tried: list[Tried]) -> None:
 def _label(kind: str, plan: Plan) -> str:
     role = kind.split()[0].removesuffix(":")
     if role == "short":
-        return "" if plan.short is None else f"{plan.short.block}/{plan.short.warps}"
+        short = plan.short
+        on = " onward" if short is not None and short.onward else ""
+        return "" if short is None else f"{short.parts}×{short.block}/{short.warps}{on}"
     how = getattr(plan, role, None)
     if how is None:
         return ""
@@ -160,6 +162,7 @@ def _label(kind: str, plan: Plan) -> str:
         + (" ahead" if how.ahead else "")
         + (" early" if how.early > 1 else "")
         + (f" {how.lines} lines of the next" if how.lines else "")
+        + (" onward" if how.onward else "")
     )
 
 

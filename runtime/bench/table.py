@@ -37,6 +37,7 @@ def table_of(bench: Bench) -> Table:
                 how.early,
                 how.tile.rounds,
                 how.lines,
+                how.onward,
             )
             for role, weight in step_weights(decoder).items()
             for how in (plan.projecting(role, weight, bench.sms),)

@@ -38,7 +38,7 @@ def tiles(role: Role, k: int, bits: int) -> list[Tile]:
     """Tiles that leave less than half of their threads idle, and whose unrolled steps stay few."""
     columns = -(-k // codes_a_column(bits))
     least = 2 if role == "gate_up" else 1
-    found = [Tile(r * least, 128 * w, w) for r in (1, 2, 4) for w in (1, 2, 4)]
+    found = [Tile(r * least, 128 * w, w) for r in (1, 2, 4, 8) for w in (1, 2, 4)]
     found += [Tile(r, c, w) for r, c, w in ((16, 32, 2), (16, 64, 4), (8, 64, 4), (8, 128, 8), (16, 128, 8))]
     if bits == 3:  # its rows have a quarter of INT8's columns
         found += [Tile(r, c, w) for r, c, w in ((8, 32, 2), (4, 64, 4), (16, 64, 8), (32, 32, 4))]
@@ -80,16 +80,18 @@ def shorts(heads: Heads) -> list[Short]:
     """Ways to attend to a short text."""
     if not serves_short(heads):
         return []
-    found = [Short(block=b, warps=w) for b, w in ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8))]
+    shapes = ((16, 1, 32), (32, 1, 16), (32, 2, 16), (64, 2, 8), (64, 4, 8), (128, 8, 4))
+    found = [Short(block=b, warps=w, parts=p, onward=on) for b, w, p in shapes for on in (False, True)]
     return [short for short in found if short.fits(heads)]
 
 
 def candidates(plan: Plan, role: Role, weight: ArrangedWeight, sm_count: int) -> Iterator[Plan]:
-    """``plan`` with other tiles for ``role``."""
+    """``plan`` with other tiles for ``role``, and one or two steps of their weights in registers early."""
     now = plan.projecting(role, weight, sm_count)
     for tile in tiles(role, weight.k, weight.bits):
-        if tile != now.tile:
-            yield plan.with_role(role, replace(now, tile=tile, apart=False))
+        steps = 2 if tile.columns * codes_a_column(weight.bits) < weight.k else 1
+        for early in range(1, steps + 1) if tile != now.tile else ():
+            yield plan.with_role(role, replace(now, tile=tile, apart=False, early=early))
 
 
 def variants(plan: Plan, role: Role, weight: ArrangedWeight, sm_count: int) -> Iterator[Plan]:
@@ -97,6 +99,7 @@ def variants(plan: Plan, role: Role, weight: ArrangedWeight, sm_count: int) -> I
     now = plan.projecting(role, weight, sm_count)
     if plan.pdl:
         yield plan.with_role(role, replace(now, ahead=not now.ahead))
+        yield plan.with_role(role, replace(now, onward=not now.onward))
     if now.tile.columns * codes_a_column(weight.bits) < weight.k:
         yield plan.with_role(role, replace(now, early=3 - now.early))
     if role in ("out", "gate_up", "down"):
@@ -163,7 +166,8 @@ class Search:
         for one in ranked[:AGAIN]:
             other: Projecting = getattr(one.plan, role)
             for apart in (False, True) if role in ("out", "gate_up", "down") else (False,):
-                how = replace(other if now is None else now, tile=other.tile, apart=apart)
+                basis = other if now is None else now
+                how = replace(basis, tile=other.tile, apart=apart, early=other.early)
                 found.append(plan.with_role(role, how))
         return [one for one in found if one != plan][: self.most]
 

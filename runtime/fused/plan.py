@@ -30,6 +30,7 @@ class Projecting:
     ahead: bool = False  # with PDL: call all weights of a program into L2 while it waits
     early: int = 1  # steps along K, 1 or 2, whose weights are in registers before the first product
     lines: int = 0  # with PDL: of 128 bytes, of each row of the next projection, called into L2 while it waits
+    onward: bool = False  # with PDL: let the next launch's programs start at once, see ``kernels.arrivals``
 
     def outputs(self, role: Role) -> int:
         """Outputs of a program."""
@@ -78,7 +79,9 @@ class Plan:
             return chosen
         measured = self.table.projection(role, weight) if self.table else None
         if measured is not None:
-            return Projecting(measured.tile, measured.apart, measured.ahead, measured.early, measured.lines)
+            return Projecting(
+                measured.tile, measured.apart, measured.ahead, measured.early, measured.lines, measured.onward
+            )
         return _rule(role, weight, sm_count)
 
     def splitting(self, heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16, texts: int = 1) -> Split:
@@ -99,7 +102,7 @@ class Plan:
         return chosen or Batching(tile_for(weight.n, weight.k, weight.bits, sm_count))
 
     def shortening(self, heads: Heads) -> Short | None:
-        """How ``heads`` attend to a short text in one part; None where they cannot."""
+        """How ``heads`` attend to a short text; None where they cannot."""
         measured = self.table.heads(heads) if self.table else None
         short = self.short or (measured.short if measured else Short())
         return short if serves_short(heads) and short.fits(heads) else None
@@ -128,19 +131,23 @@ class Plan:
 def _rule(role: Role, weight: ArrangedWeight, sm_count: int) -> Projecting:
     """What was good for most shapes on an H200, cut to rows that are shorter; the tile of the bare product where they
     are very short. Only the output projection calls its weights ahead: attention before it leaves the memory idle.
+    Where much is to be read the next launch is let in at once; else it would only be in the way.
     """
+    onward = weight.nbytes > 4 << 20
     columns = -(-weight.k // codes_a_column(weight.bits))
     if columns <= 64:
         chosen = tile(weight.n, weight.k, weight.bits, sm_count)
         return Projecting(
-            replace(chosen, rows=max(2, chosen.rows)) if role == "gate_up" else chosen, ahead=role == "out"
+            replace(chosen, rows=max(2, chosen.rows)) if role == "gate_up" else chosen,
+            ahead=role == "out",
+            onward=onward,
         )
     whole = whole_rows(weight.k, weight.bits, 2, 2, {3: 1, 4: 2, 8: 4}[weight.bits]) if role == "qkv" else None
     if whole is not None:
-        return Projecting(whole)
+        return Projecting(whole, onward=onward)
     if role == "out" or (role == "gate_up" and weight.bits < 8):  # programs that own whole blocks of 32 outputs
-        return Projecting(Tile(64 if role == "gate_up" else 32, 128, 8), ahead=role == "out")
+        return Projecting(Tile(64 if role == "gate_up" else 32, 128, 8), ahead=role == "out", onward=onward)
     warps = 2 if role == "head" else 4
     while warps > 1 and 64 * warps >= columns:
         warps //= 2
-    return Projecting(Tile(8 if role == "gate_up" else 4, 128 * warps, warps))
+    return Projecting(Tile(8 if role == "gate_up" else 4, 128 * warps, warps), onward=onward)

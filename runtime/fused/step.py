@@ -58,12 +58,12 @@ def why_not(decoder: Decoder, texts: int = 1) -> str | None:
 KINDS: dict[Role, Kind] = {"out": "add", "down": "add", "gate_up": "gated", "qkv": "store", "head": "store"}
 
 
-def write_planes(y: torch.Tensor, to: Normed | Activations | None, *, pdl: bool) -> None:
+def write_planes(y: torch.Tensor, to: Normed | Activations | None, *, pdl: bool, onward: bool = True) -> None:
     """By a launch of their own."""
     if isinstance(to, Normed):
-        planes.norm(y, to, pdl=pdl)
+        planes.norm(y, to, pdl=pdl, onward=onward)
     elif to is not None:
-        planes.plain(y, to, pdl=pdl)
+        planes.plain(y, to, pdl=pdl, onward=onward)
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,14 @@ class Product:
             counters=self.counters,
             activation=self.activation,
             pdl=pdl,
+            onward=self.how.onward,
             ahead=self.how.ahead,
             early=self.how.early,
             following=self.following,
             lines=self.how.lines,
         )
         if self.how.apart:
-            write_planes(self.y, self.to, pdl=pdl)
+            write_planes(self.y, self.to, pdl=pdl, onward=self.how.onward)
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Attending:
     angles: tuple[torch.Tensor, torch.Tensor]
     cut: Cut
     eight: Cut  # of int8 caches
-    short: Short | None  # None: this way cannot serve these heads
+    short: tuple[Short, Scratch] | None  # None: this way cannot serve these heads
     to: Activations
     whole: torch.Tensor | None = None  # float32 [texts, heads · dim], where a head is no whole blocks of ``to``
 
@@ -164,7 +165,8 @@ class Attending:
         held = Cache(cache.kv, cache.scales, cache.turn)
         text = (self.qkv, self.heads, self.q_norm, self.k_norm, self.angles, position, held)
         if short and self.short is not None and cache.scales is None:
-            attention.attend_short(*text, self.short, to, pdl=pdl)
+            how, scratch = self.short
+            attention.attend_short(*text, scratch, how, to, pdl=pdl)
         else:
             cut = self.cut if cache.scales is None else self.eight
             attention.attend(*text, cut.scratch, cut.split, to, pdl=pdl)
@@ -190,7 +192,7 @@ class _Buffers:
         self._device, self._texts = device, texts
         self._activations: dict[tuple[str, int, int, float | None], Activations] = {}
         self._vectors: dict[tuple[str, int], torch.Tensor] = {}
-        self._scratch: dict[tuple[Heads, Split], Scratch] = {}
+        self._scratch: dict[tuple[Heads, Split | Short], Scratch] = {}
 
     def activations(self, name: str, k: int, bits: int, eps: float | None = None) -> Activations:
         key = (name, k, bits, eps)
@@ -211,10 +213,14 @@ class _Buffers:
             self._vectors["counters", n] = arrivals(n, self._device)
         return self._vectors["counters", n]
 
-    def scratch(self, heads: Heads, split: Split) -> Scratch:
-        if (heads, split) not in self._scratch:
-            self._scratch[heads, split] = Scratch.empty(heads, split, self._device, self._texts)
-        return self._scratch[heads, split]
+    def scratch(self, heads: Heads, cut: Split | Short) -> Scratch:
+        if (heads, cut) not in self._scratch:
+            self._scratch[heads, cut] = (
+                Scratch.empty_short(heads, cut, self._device, self._texts)
+                if isinstance(cut, Short)
+                else Scratch.empty(heads, cut, self._device, self._texts)
+            )
+        return self._scratch[heads, cut]
 
 
 class FusedStep:
@@ -258,7 +264,7 @@ class FusedStep:
     @property
     def short_until(self) -> int:
         """Tokens up to which a text is short: it is attended to in another way then."""
-        return max((layer.attention.short.until for layer in self.layers if layer.attention.short), default=0)
+        return max((layer.attention.short[0].until for layer in self.layers if layer.attention.short), default=0)
 
     @torch.inference_mode()
     def run(
@@ -318,6 +324,7 @@ class FusedStep:
         kinds = (torch.float16, torch.int8)
         cut, eight = (self._plan.splitting(heads, self._sms, kind, self._texts) for kind in kinds)
         whole = None if heads.dim % seen.planes.block == 0 or self._texts == 1 else buffers.vector("attended", out.k)
+        short = self._plan.shortening(heads)
         return StepLayer(
             self._product("qkv", mixer.qkv, entry.to, qkv, then=out),
             Attending(
@@ -328,7 +335,7 @@ class FusedStep:
                 self._table(mixer.rotary),
                 Cut(cut, buffers.scratch(heads, cut)),
                 Cut(eight, buffers.scratch(heads, eight)),
-                self._plan.shortening(heads),
+                None if short is None else (short, buffers.scratch(heads, short)),
                 seen,
                 whole,
             ),

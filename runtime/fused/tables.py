@@ -49,6 +49,7 @@ class Measured(Part, frozen=True):
     early: Count = 1
     rounds: Count = 1
     lines: Annotated[int, Meta(ge=0)] = 0
+    onward: bool = False
 
     @property
     def tile(self) -> Tile:

@@ -92,7 +92,7 @@ def test_tiles_of_a_gpu(make_tiny, monkeypatch):
     assert "on 2 warps" in head.ways[0].how  # 97 rows of 512 words
     assert "share a row of 512 words" in head.ways[0].why
     assert "tensor cores" in head.ways[1].how
-    assert "in one part up to" in found.step + str(found)
+    assert "a few tokens a program up to" in found.step + str(found)
     pretend(monkeypatch, 30, (8, 6))
     assert "PDL" not in explained(make_tiny("llama3-rope", hidden_size=2048).weights, GPU).step
 

@@ -212,7 +212,7 @@ def test_the_device_takes_it_unless_told_not_to(make_tiny, reference_kernels):
 
 
 def test_a_text_that_grows_long(make_tiny, reference_kernels):
-    """In one part up to a length, then cut: both against float32, and the stream goes from one to the other."""
+    """As a short one up to a length, then cut: both against float32, and the stream goes from one to the other."""
     weights = make_tiny("qwen3-qk-norm", **{**SMALL, "num_hidden_layers": 1, "head_dim": 32}).weights
     decoder = bind(weights, Kernels()).decoder
     plan = replace(PLANS["whole"], short=Short(until=PROMPT + 1, block=32, warps=1))

@@ -79,15 +79,18 @@ def split_for(heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16) -
 
 @dataclass(frozen=True)
 class Short:
-    """How a text of up to ``until`` tokens is attended to in one part: ``block`` tokens at a time."""
+    """How a text of up to ``until`` tokens is attended to: in at most ``parts`` parts, ``block`` tokens at a time."""
 
     until: int = 512
-    block: int = 128
-    warps: int = 8
+    block: int = 32
+    warps: int = 2
+    parts: int = 16
+    onward: bool = False  # see ``arrivals.let_in``
 
     def __post_init__(self) -> None:
-        assert self.block in (32, 64, 128, 256)
+        assert self.block in (16, 32, 64, 128, 256)
         assert self.warps in (1, 2, 4, 8, 16)
+        assert self.parts in (1, 2, 4, 8, 16, 32)
 
     def fits(self, heads: Heads) -> bool:
         """Whether a block has tokens for every lane."""
@@ -118,19 +121,29 @@ class Cache:
 class Scratch:
     """What programs of one launch leave to each other; layers of one shape take turns with it."""
 
-    parts: torch.Tensor  # float32 [texts, kv_heads, splits, group, dim]
-    peaks: torch.Tensor  # float32 [texts, kv_heads, splits, group]
+    parts: torch.Tensor  # float32 [texts, kv_heads, splits, group, dim]; short: [texts, heads, parts, dim]
+    peaks: torch.Tensor  # float32 [texts, kv_heads, splits, group]; short: [texts, heads, parts]
     sums: torch.Tensor
-    counters: torch.Tensor  # int32 [texts, kv_heads], zero between launches
+    counters: torch.Tensor  # int32 [texts, kv_heads]; short: [texts, heads]; zero between launches
 
     @staticmethod
     def empty(heads: Heads, split: Split, device: torch.device, texts: int = 1) -> Scratch:
-        rows = (texts, heads.kv_heads, split.splits, heads.group)
+        """For ``attend``."""
+        return Scratch._of((texts, heads.kv_heads), (split.splits, heads.group), heads.dim, device)
+
+    @staticmethod
+    def empty_short(heads: Heads, short: Short, device: torch.device, texts: int = 1) -> Scratch:
+        """For ``attend_short``."""
+        return Scratch._of((texts, heads.kv_heads * heads.group), (short.parts,), heads.dim, device)
+
+    @staticmethod
+    def _of(merged: tuple[int, ...], parts: tuple[int, ...], dim: int, device: torch.device) -> Scratch:
+        rows = (*merged, *parts)
         return Scratch(
-            torch.empty((*rows, heads.dim), dtype=torch.float32, device=device),
+            torch.empty((*rows, dim), dtype=torch.float32, device=device),
             torch.empty(rows, dtype=torch.float32, device=device),
             torch.empty(rows, dtype=torch.float32, device=device),
-            torch.zeros((texts, heads.kv_heads), dtype=torch.int32, device=device),
+            torch.zeros(merged, dtype=torch.int32, device=device),
         )
 
 
@@ -230,6 +243,7 @@ def attend_short(
     angles: tuple[torch.Tensor, torch.Tensor],
     position: torch.Tensor,
     cache: Cache,
+    scratch: Scratch,
     short: Short,
     to: Activations | torch.Tensor,
     *,
@@ -237,7 +251,7 @@ def attend_short(
 ) -> None:
     """What :func:`attend` does, of a 16-bit cache that is not scaled; for texts of any length, made for short ones.
 
-    ``serves_short(heads)`` must hold. Products are of float32.
+    ``serves_short(heads)`` must hold; ``scratch`` is of ``Scratch.empty_short``. Products are of float32.
     """
     cos, sin = angles
     slots = cache.kv.shape[-2]
@@ -247,7 +261,9 @@ def attend_short(
     assert cache.scales is None
     assert cache.kv.dtype in (torch.float16, torch.bfloat16)
     _check(qkv, heads, angles, position, cache, to)
-    short_kernel.attend_short[(heads.kv_heads * heads.group, position.numel())](
+    queries, texts = heads.kv_heads * heads.group, position.numel()
+    assert scratch.parts.shape == (texts, queries, short.parts, heads.dim)
+    short_kernel.attend_short[(queries * short.parts, texts)](
         qkv,
         qkv if q_norm is None else q_norm.weight,
         qkv if k_norm is None else k_norm.weight,
@@ -255,10 +271,16 @@ def attend_short(
         sin,
         position,
         cache.kv,
+        scratch.parts,
+        scratch.peaks,
+        scratch.sums,
+        scratch.counters,
         *_outputs(to),
         slots,
+        PARTS=short.parts,
         BLOCK=short.block,
         WARPS=short.warps,
+        ONWARD=short.onward,
         num_warps=short.warps,
         **_constants(heads, q_norm, k_norm, to, pdl),
     )

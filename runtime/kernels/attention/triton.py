@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lbq.runtime.kernels.arrivals import arrived
+from lbq.runtime.kernels.arrivals import arrived, let_in, take_turn
 from lbq.runtime.kernels.gemv.triton import call, store_planes
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -198,8 +198,7 @@ def attend(
     [KV_HEADS·G·D], in place of planes. The launch is of SPLITS × KV_HEADS programs a text whatever the position; parts
     have at least LEAST tokens, so that a short text leaves some programs nothing to do.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_in(PDL, True)
     KIND: tl.constexpr = tl.float16 if EIGHT else kv_ptr.dtype.element_ty
     GP: tl.constexpr = 16 if G < 16 else triton.next_power_of_2(G)
     DP: tl.constexpr = 32 if EIGHT and D < 32 else triton.next_power_of_2(D)
@@ -238,8 +237,7 @@ def attend(
         e = tl.arange(0, DP)[:, None]
         units = tl.load(units_ptr + h * D + d, mask=d < D, other=1.0)
         signs = tl.load(signs_ptr + e * D + d, mask=(e < D) & (d < D), other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    take_turn(PDL, True)
 
     q = head(qkv_ptr + (h * G + g) * D, wq, wq_other, cos, sin, d, own, D, DIMS, Q_EPS)
     k = head(qkv_ptr + (KV_HEADS * G + h) * D, wk, wk_other, cos, sin, d, d < D, D, DIMS, K_EPS)

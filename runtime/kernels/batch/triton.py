@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lbq.runtime.kernels.arrivals import arrived
+from lbq.runtime.kernels.arrivals import arrived, let_in, take_turn
 from lbq.runtime.kernels.gemv.triton import _dot4, _open, store_planes
 from lbq.runtime.kernels.planes.triton import activate, norm_blocks, store_normed
 
@@ -238,8 +238,7 @@ def batch(
     are written for the next projection: by the program itself where it owns whole such blocks, else by the last to
     arrive of those that share one.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_in(PDL, True)
     C: tl.constexpr = 32 // BITS
     COLS: tl.constexpr = (K + C - 1) // C
     TILES: tl.constexpr = (COLS + 15) // 16
@@ -292,8 +291,7 @@ def batch(
         inside = (token < M)[:, None, None, :, None] & (row < N)[None, :, :, None, :]
         if HAS_BIAS:
             bias = tl.load(bias_ptr + row, mask=row < N, other=0.0)[None, :, :, None, :]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    take_turn(PDL, True)
     if NORMED:
         BLOCKS: tl.constexpr = (K + 16 * C - 1) // (16 * C)
         b = tl.arange(0, triton.next_power_of_2(BLOCKS))[None, None, :]

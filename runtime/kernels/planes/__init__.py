@@ -101,7 +101,7 @@ def embed(token: torch.Tensor, table: torch.Tensor, x: torch.Tensor, normed: Nor
     )
 
 
-def norm(x: torch.Tensor, normed: Normed, *, pdl: bool = False) -> None:
+def norm(x: torch.Tensor, normed: Normed, *, pdl: bool = False, onward: bool = True) -> None:
     """The residual stream ``x`` float32 [M, K] into planes."""
     k, (columns, width, fold) = normed.to.planes.k, plane_layout(normed.to.planes)
     _check(x, k, normed.to)
@@ -118,12 +118,13 @@ def norm(x: torch.Tensor, normed: Normed, *, pdl: bool = False) -> None:
         BB=AT_ONCE // normed.to.planes.block,
         SIZE=normed.to.planes.block,
         PDL=pdl,
+        ONWARD=onward,
         num_warps=4,
         **launch_options(pdl),
     )
 
 
-def plain(x: torch.Tensor, to: Activations, *, pdl: bool = False) -> None:
+def plain(x: torch.Tensor, to: Activations, *, pdl: bool = False, onward: bool = True) -> None:
     """``x`` float32 [M, K] into planes, as it is."""
     k, (columns, width, fold) = to.planes.k, plane_layout(to.planes)
     _check(x, k, to)
@@ -138,6 +139,7 @@ def plain(x: torch.Tensor, to: Activations, *, pdl: bool = False) -> None:
         BB=AT_ONCE // to.planes.block,
         SIZE=to.planes.block,
         PDL=pdl,
+        ONWARD=onward,
         num_warps=4,
         **launch_options(pdl),
     )

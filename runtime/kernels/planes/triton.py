@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lbq.runtime.kernels.arrivals import let_in, take_turn
 from lbq.runtime.kernels.gemv.triton import store_planes
 
 _TWO_ROOTS = tl.constexpr(-1.5957691216057308)  # −2·√(2/π)
@@ -84,16 +85,14 @@ def embed(
 ):
     """Rows ``token`` [M] of table [V, N], of a 16-bit type, into the residual stream x float32 [M, N] and normed
     planes."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_in(PDL, True)
     m = tl.program_id(1)
     token = tl.load(token_ptr + m)
     block = tl.program_id(0) * BB + tl.arange(0, BB)
     e = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x = tl.load(table_ptr + token * N + e, mask=e < N, other=0.0).to(tl.float32)
     norm = norm_blocks(norm_ptr, block, N, SIZE)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    take_turn(PDL, True)
     tl.store(x_ptr + m * N + e, x, mask=e < N)
     q_at, s_at, squares_at = of_token(m, q_ptr, s_ptr, squares_ptr, N, XC, C, SIZE)
     store_normed(x, norm, block, q_at, s_at, squares_at, N, XC, C, FOLD, BB, SIZE)
@@ -113,16 +112,15 @@ def norm(
     BB: tl.constexpr,
     SIZE: tl.constexpr,
     PDL: tl.constexpr,
+    ONWARD: tl.constexpr,
 ):
     """The residual stream x float32 [M, N] into normed planes."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_in(PDL, ONWARD)
     m = tl.program_id(1)
     block = tl.program_id(0) * BB + tl.arange(0, BB)
     e = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     norm = norm_blocks(norm_ptr, block, N, SIZE)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    take_turn(PDL, ONWARD)
     x = tl.load(x_ptr + m * N + e, mask=e < N, other=0.0)
     q_at, s_at, squares_at = of_token(m, q_ptr, s_ptr, squares_ptr, N, XC, C, SIZE)
     store_normed(x, norm, block, q_at, s_at, squares_at, N, XC, C, FOLD, BB, SIZE)
@@ -140,11 +138,11 @@ def plain(
     BB: tl.constexpr,
     SIZE: tl.constexpr,
     PDL: tl.constexpr,
+    ONWARD: tl.constexpr,
 ):
     """x float32 [M, N] into planes."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    let_in(PDL, ONWARD)
+    take_turn(PDL, ONWARD)
     m = tl.program_id(1)
     block = tl.program_id(0) * BB + tl.arange(0, BB)
     e = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]

@@ -36,6 +36,7 @@ def project(
     counters: torch.Tensor | None = None,
     activation: Activation = "silu",
     pdl: bool = False,
+    onward: bool = False,
     ahead: bool = False,
     early: int = 1,
     following: ArrangedWeight | None = None,
@@ -46,9 +47,10 @@ def project(
     "store": into ``y`` [N]. "add": onto the residual stream ``y`` [N]. "gated": W [2N, K] is gate over up, and
     act(gate) · up goes to ``y`` [N]. ``to``, after "add" a :class:`Normed` and after "gated" an :class:`Activations`,
     takes the planes of the result; programs of less than 32 outputs then share ``counters``. Without ``to`` a kernel of
-    ``planes`` has to write them. ``pdl``: see ``planes.launch_options``; ``ahead``: call all weights of a program into
-    L2 while it waits; ``early``: steps along K, 1 or 2, whose weights it has in registers then; ``lines``: 128 bytes
-    each from the start of every row of ``following`` that the programs together call into L2 besides.
+    ``planes`` has to write them. ``pdl``: see ``planes.launch_options``; ``onward``: see ``arrivals.let_in``;
+    ``ahead``: call all weights of a program into L2 while it waits; ``early``: steps along K, 1 or 2, whose weights it
+    has in registers then; ``lines``: 128 bytes each from the start of every row of ``following`` that the programs
+    together call into L2 besides.
     """
     n = y.numel()
     assert y.shape == (n,)
@@ -105,6 +107,7 @@ def project(
         XC_OUT=layout[1],
         FOLD_OUT=layout[2],
         PDL=pdl,
+        ONWARD=onward,
         AHEAD=ahead,
         **({"ROUNDS": tile.rounds} if whole else {"EARLY": early}),
         NEXT_PITCH=pitch if lines else 1,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lbq.runtime.kernels.arrivals import arrived
+from lbq.runtime.kernels.arrivals import arrived, let_in, take_turn
 from lbq.runtime.kernels.gemv.triton import (
     activations,
     call_rows,
@@ -103,6 +103,7 @@ def project(
     XC_OUT: tl.constexpr,
     FOLD_OUT: tl.constexpr,
     PDL: tl.constexpr,
+    ONWARD: tl.constexpr,
     AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
     NEXT_PITCH: tl.constexpr,
@@ -121,8 +122,7 @@ def project(
 
     With PDL and NEXT_SHARE, lines of the weights that the next projection will read are called into L2 meanwhile.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_in(PDL, ONWARD)
     R: tl.constexpr = BN // 2 if KIND == "gated" else BN  # outputs of a program
     first = tl.program_id(0) * R
     out = first + tl.arange(0, R)
@@ -139,10 +139,9 @@ def project(
     # With PDL the first weights are under way before the wait for the kernel that makes the activations; the wait
     # stands before the loop, because Triton 3.7.1 moves loads over one inside.
     begun, second = first_weights(w_ptr, s_ptr, rows, K, G, BITS, BW, PDL and AHEAD, EARLY)
-    if PDL:
-        if NEXT_SHARE > 0:
-            call_share(next_ptr, NEXT_ROWS, NEXT_PITCH, NEXT_LINES, NEXT_SHARE)
-        tl.extra.cuda.gdc_wait()
+    if PDL and NEXT_SHARE > 0:
+        call_share(next_ptr, NEXT_ROWS, NEXT_PITCH, NEXT_LINES, NEXT_SHARE)
+    take_turn(PDL, ONWARD)
     if NORMED:
         squares = _squares(squares_ptr, K)
     if KIND == "add":
@@ -211,6 +210,7 @@ def stream(
     XC_OUT: tl.constexpr,
     FOLD_OUT: tl.constexpr,
     PDL: tl.constexpr,
+    ONWARD: tl.constexpr,
     AHEAD: tl.constexpr,
     ROUNDS: tl.constexpr,
     NEXT_PITCH: tl.constexpr,
@@ -221,8 +221,7 @@ def stream(
     """As ``project``, by programs that go through ROUNDS · BN rows, BN whole rows of at most BW columns at a time: the
     activations stay in registers, and the next rows are loaded while these are multiplied.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_in(PDL, ONWARD)
     C: tl.constexpr = 32 if BITS == 3 else 32 // BITS
     PITCH: tl.constexpr = (K + C - 1) // C * (3 if BITS == 3 else 1)
     R: tl.constexpr = BN // 2 if KIND == "gated" else BN  # outputs of a round
@@ -241,7 +240,7 @@ def stream(
             call_rows(w_ptr, _row(first, tl.arange(0, BN * ROUNDS), N, KIND), PITCH, 0)
         if NEXT_SHARE > 0:
             call_share(next_ptr, NEXT_ROWS, NEXT_PITCH, NEXT_LINES, NEXT_SHARE)
-        tl.extra.cuda.gdc_wait()
+    take_turn(PDL, ONWARD)
     x, x_scale = activations(q_ptr, xs_ptr, K, BITS, XC, BW)
     factor = 1.0
     if NORMED:
@@ -312,8 +311,7 @@ def project_dense(
 
     A program owns BN rows and one of M tokens, which vary fastest: they share L2. Squares are of SIZE elements each.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_in(PDL, True)
     m = tl.program_id(0) % M
     x_ptr += m * K
     squares_ptr += m * ((K + SIZE - 1) // SIZE)
@@ -325,8 +323,7 @@ def project_dense(
     acc = tl.zeros([BK, BN], dtype=tl.float32)
     k = tl.arange(0, BK)
     w = tl.load(w_row + k[:, None], mask=(k < K)[:, None], other=0.0, eviction_policy="evict_first")
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    take_turn(PDL, True)
     squares = _squares(squares_ptr, K, SIZE)
     for k0 in tl.static_range(0, K, BK):
         k = k0 + tl.arange(0, BK)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lbq.runtime.kernels.arrivals import arrived
+from lbq.runtime.kernels.arrivals import arrived, let_in, take_turn
 
 _LOWEST = tl.constexpr(float("-inf"))
 _HIGHEST = tl.constexpr(float("inf"))
@@ -75,9 +75,8 @@ def begin(
     settings float32: inverse temperature, log of min_p, top_p, penalty. Scratch of value [2, PP] and index [PP]. The
     history has room for SLOTS + 1.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    let_in(PDL, True)
+    take_turn(PDL, True)
     program = tl.program_id(0)
     text = tl.program_id(1)
     logits_ptr += text * V
@@ -143,9 +142,8 @@ def narrow(
     of sums [PROGRAMS, WAYS]. In the first pass of MASS the interval is from where top_k's threshold is, or the score of
     a token e^-24 as probable as the best, up to the highest score.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    let_in(PDL, True)
+    take_turn(PDL, True)
     text = tl.program_id(1)
     scores_ptr += text * V
     settings_ptr += text * 4
@@ -213,9 +211,8 @@ def draw(
 
     seed int32 [2]: the low and the high half. The others as in ``begin`` and ``narrow``.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    let_in(PDL, True)
+    take_turn(PDL, True)
     program = tl.program_id(0)
     text = tl.program_id(1)
     scores_ptr += text * V

@@ -97,7 +97,8 @@ class Text:
         if self.short is None:
             attend(*args, scratch, self.split, to)
         else:
-            attend_short(*args, self.short, to)
+            scratch = Scratch.empty_short(heads, self.short, DEVICE)
+            attend_short(*args, scratch, self.short, to)
         assert not scratch.counters.any()
         q, k, v = reference.new_entry(
             qkv, heads, self.norms, self.norms, self.angles[0][position], self.angles[1][position]
@@ -150,11 +151,11 @@ def test_against_float64(heads: Heads, relative_error: Error) -> None:
         assert relative_error(*text.run(position)) <= 1e-3
 
 
-SHORTS = [Short(block=32, warps=1), Short(block=64, warps=4)]
+SHORTS = [Short(block=32, warps=1, parts=2), Short(block=64, warps=4, parts=1), Short(block=32, warps=4, parts=4)]
 
 
 @pytest.mark.parametrize("heads", [h for h in SHAPES if serves_short(h)], ids=str)
-def test_in_one_part(heads: Heads, relative_error: Error) -> None:
+def test_short_texts(heads: Heads, relative_error: Error) -> None:
     for short in SHORTS:
         text = Text.make(heads, 128, norm=heads.dim == 128, short=short)
         text.fill(100)
@@ -162,7 +163,7 @@ def test_in_one_part(heads: Heads, relative_error: Error) -> None:
             assert relative_error(*text.run(position)) <= 1e-4
 
 
-@pytest.mark.parametrize("short", [None, SHORTS[1]])
+@pytest.mark.parametrize("short", [None, SHORTS[2]])
 @pytest.mark.parametrize(("bits", "window"), WINDOWS)
 def test_windows(bits: int, window: int, short: Short | None, relative_error: Error) -> None:
     text = Text.make(heads_of(1, 2, 64, window=window), 96, bits=bits, short=short)
@@ -211,7 +212,7 @@ def test_scores_far_apart(relative_error: Error) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.parametrize("short", [None, SHORTS[1]])
+@pytest.mark.parametrize("short", [None, SHORTS[2]])
 def test_what_is_broken_stays_broken(short: Short | None) -> None:
     text = Text.make(heads_of(2, 2, 64), 96, short=short)
     text.fill(90)
@@ -221,7 +222,7 @@ def test_what_is_broken_stays_broken(short: Short | None) -> None:
     assert bool(got[:128].isfinite().all())
 
 
-@pytest.mark.parametrize("short", [None, SHORTS[1]])
+@pytest.mark.parametrize("short", [None, SHORTS[2]])
 @pytest.mark.parametrize(("heads", "block"), [(heads_of(1, 2, 128), 128), (heads_of(2, 3, 64), 0)], ids=str)
 def test_several_texts(heads: Heads, block: int, short: Short | None, relative_error: Error) -> None:
     """Of different lengths, into planes of larger blocks, or as they are where heads are no whole blocks."""
@@ -235,9 +236,13 @@ def test_several_texts(heads: Heads, block: int, short: Short | None, relative_e
     n = heads.kv_heads * heads.group * heads.dim
     planes = Activations.empty(n, 4, DEVICE, tokens=3, block=block or 32)
     to = planes if block else torch.empty(3, n, device=DEVICE)
-    scratch, at = Scratch.empty(heads, SPLIT, DEVICE, 3), torch.tensor(positions, device=DEVICE)
-    args = (qkv, heads, None, None, texts[0].angles, at, cache)
-    attend(*args, scratch, SPLIT, to) if short is None else attend_short(*args, short, to)
+    at, args = torch.tensor(positions, device=DEVICE), (qkv, heads, None, None, texts[0].angles)
+    if short is None:
+        scratch = Scratch.empty(heads, SPLIT, DEVICE, 3)
+        attend(*args, at, cache, scratch, SPLIT, to)
+    else:
+        scratch = Scratch.empty_short(heads, short, DEVICE, 3)
+        attend_short(*args, at, cache, scratch, short, to)
     assert not scratch.counters.any()
     for i, position in enumerate(positions):
         q, *_ = reference.new_entry(qkv[i], heads, None, None, *(x[position] for x in texts[0].angles))
@@ -257,7 +262,7 @@ def test_rule_and_refusals() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no races")
-@pytest.mark.parametrize("short", [None, Short(block=128, warps=8)])
+@pytest.mark.parametrize("short", [None, Short(block=64, warps=8, parts=8)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 def test_repeats_are_bit_identical(dtype: torch.dtype, short: Short | None) -> None:
     if short is not None and dtype == torch.int8:
@@ -265,7 +270,10 @@ def test_repeats_are_bit_identical(dtype: torch.dtype, short: Short | None) -> N
     text = Text.make(heads_of(8, 4, 128), 2048, dtype=dtype, split=Split(32))
     text.fill(2000)
     qkv = torch.randn(text.heads.width, device=DEVICE)
-    scratch, at = Scratch.empty(text.heads, text.split, DEVICE), torch.tensor([1999], device=DEVICE)
+    at = torch.tensor([1999], device=DEVICE)
+    scratch = Scratch.empty(text.heads, text.split, DEVICE)
+    if short is not None:
+        scratch = Scratch.empty_short(text.heads, short, DEVICE)
     results = []
     for _ in range(50):
         to = Activations.empty(32 * 128, 4, DEVICE)
@@ -273,7 +281,7 @@ def test_repeats_are_bit_identical(dtype: torch.dtype, short: Short | None) -> N
         if short is None:
             attend(*args, scratch, text.split, to)
         else:
-            attend_short(*args, short, to)
+            attend_short(*args, scratch, short, to)
         results.append((to.planes.q, to.planes.scales))
     for q, scales in results[1:]:
         assert torch.equal(q, results[0][0])
