@@ -13,10 +13,10 @@ from lbq.runtime.text.sampling import Sampler, SamplingOptions
 class OneByOne:
     """A :class:`lbq.runtime.text.batch.Batch` of engines, whose texts take a step one after the other."""
 
-    def __init__(self, engines: Sequence[Engine], fallback: str) -> None:
-        self._engines = engines
+    def __init__(self, engines: Sequence[Engine], fallback: str | None) -> None:
+        self.engines = list(engines)
         self.places, self.context = len(engines), engines[0].context
-        self.fallback: str | None = fallback
+        self.fallback = fallback
         self._samplers: dict[int, Sampler] = {}
         self._logits: list[torch.Tensor | None] = [None] * self.places
         self._last: list[int | None] = [None] * self.places  # chosen, and not taken in
@@ -27,7 +27,7 @@ class OneByOne:
         return torch.stack([logits for logits in self._logits if logits is not None])
 
     def begin(self, place: int, ids: Sequence[int], sampling: SamplingOptions, *, held: int = 0) -> None:
-        engine = self._engines[place]
+        engine = self.engines[place]
         engine.truncate(held)
         self._logits[place] = engine.prefill(ids)
         self._samplers[place], self._last[place] = Sampler(sampling, ids), None
@@ -52,5 +52,5 @@ class OneByOne:
     def _step(self, place: int) -> None:
         token = self._last[place]
         if token is not None:
-            self._logits[place] = self._engines[place].decode(token)
+            self._logits[place] = self.engines[place].decode(token)
             self._last[place] = None

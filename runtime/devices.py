@@ -15,11 +15,13 @@ import torch
 
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.packing import PackedWeight
+from lbq.runtime.batch import OneByOne
 from lbq.runtime.cache import KVCache
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import BUCKET, CudaEngine
 from lbq.runtime.kernels.linear import Choice, Linear, Matrix
+from lbq.runtime.text.batch import Batch
 from lbq.runtime.text.generation import Engine
 
 CUDA_CONTEXT = 8192  # the default there: a cache that cannot grow should not take a GPU's memory unasked
@@ -83,6 +85,17 @@ class CpuDevice:
 
     def engine(self, decoder: Decoder, context: int) -> Engine:
         return DecoderEngine(decoder, context, cache_dtype=self.cache_dtype(context))
+
+    def batch_fallback(self, decoder: Decoder, places: int) -> str | None:  # noqa: ARG002
+        """Why several texts do not share a pass over the weights."""
+        return "on a CPU every text takes a pass over the weights of its own"
+
+    def most_places(self, decoder: Decoder, context: int) -> int:  # noqa: ARG002
+        """How many texts of up to ``context`` tokens gain by being decoded together."""
+        return 1
+
+    def batch(self, decoder: Decoder, context: int, places: int) -> Batch:
+        return OneByOne([self.engine(decoder, context) for _ in range(places)], self.batch_fallback(decoder, places))
 
 
 @dataclass(frozen=True)
@@ -177,6 +190,32 @@ class CudaDevice:
         from lbq.runtime.fused.engine import FusedEngine
 
         return FusedEngine(decoder, context, cache_dtype=self.cache_dtype(context, decoder), layers=layers)
+
+    def batch_fallback(self, decoder: Decoder, places: int) -> str | None:
+        """Why several texts do not share a pass over the weights, or None where they do."""
+        if not self._fuses(decoder):
+            return "the fused step does not run"
+        from lbq.runtime.fused.step import why_not
+
+        return why_not(decoder, places)
+
+    def most_places(self, decoder: Decoder, context: int) -> int:
+        """How many texts of up to ``context`` tokens gain by being decoded together, and fit the memory left."""
+        if self.batch_fallback(decoder, 2) is not None:
+            return 1
+        from lbq.runtime.kernels.batch import TOKENS
+
+        free = _free_bytes() - CUDA_SPARE
+        return max(1, min(TOKENS, free // (context * self._token_bytes(decoder, context))))
+
+    def batch(self, decoder: Decoder, context: int, places: int) -> Batch:
+        fallback = self.batch_fallback(decoder, places)
+        if fallback is not None:
+            return OneByOne([self.engine(decoder, context) for _ in range(places)], fallback)
+        from lbq.runtime.fused.batch import FusedBatch
+
+        layers, dtype = self._prompt_layers(decoder), self.cache_dtype(context, decoder)
+        return FusedBatch(decoder, context, places, cache_dtype=dtype, layers=layers)
 
     def _prompt_layers(self, decoder: Decoder) -> Layers | None:
         """How many tokens at a time are taken in, where that is not by the decoder's own layers."""

@@ -22,6 +22,7 @@ from lbq.runtime.devices import CacheKind, Device, device_errors, find_device, s
 from lbq.runtime.engines import EnginePool
 from lbq.runtime.explain import Explanation, explain
 from lbq.runtime.needs import needs
+from lbq.runtime.text.batch import Request, batch_texts
 from lbq.runtime.text.chat import ChatTemplate, Message, require_template
 from lbq.runtime.text.generation import (
     Engine,
@@ -35,6 +36,8 @@ from lbq.runtime.text.session import ChatSession
 from lbq.runtime.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Message]
+SLOTS = 256  # tokens that a text's keys and values are allocated by, among several
+SEEDS = 1 << 63
 
 
 class GenerationSettings(TypedDict, total=False):
@@ -299,6 +302,49 @@ class Model:
         assert stream.finish is not None
         return Result(text, stream.finish)
 
+    def stream_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        places: int | None = None,
+        chat: bool | None = None,
+        think: bool | None = None,
+        **settings: Unpack[GenerationSettings],
+    ) -> Generator[tuple[int, Result], None, None]:
+        """Whole texts, each with the number of its prompt, as they end; arguments and errors as :meth:`stream`.
+
+        On a GPU up to ``places`` texts, by default as many of 16 as its memory holds, are decoded together: each token
+        costs one pass over the weights for all of them. A prompt that waits takes the place of a text that has ended,
+        and is taken in while the others wait. Where texts gain nothing by it they are generated one after the other: on
+        a CPU, in float32, with 3-bit weights. A text does not depend on those beside it, up to the rounding of sums;
+        with a ``seed`` text i is drawn with ``seed`` + i.
+        """
+        if isinstance(prompts, str):
+            raise UsageError("prompts is a text: it must be a list of texts or of chats")
+        if places is not None and not (isinstance(places, int) and places >= 1):
+            raise UsageError(f"places is {places!r}: it must be an integer of at least 1")
+        options = self.options(**settings)
+        ids = [self.prompt_ids(prompt, chat=chat, think=think) for prompt in prompts]
+        context = self._bound().engines.context
+        for i, one in enumerate(ids):
+            check_room(len(one), context, what=f"prompt {i + 1}" if len(ids) > 1 else "the prompt")
+        requests = [Request(one, _numbered(options, i)) for i, one in enumerate(ids)]
+        continues = [not self._chats(prompt, chat) for prompt in prompts]
+        return self._batch_items(requests, continues, places)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        places: int | None = None,
+        chat: bool | None = None,
+        think: bool | None = None,
+        **settings: Unpack[GenerationSettings],
+    ) -> list[Result]:
+        """As :meth:`stream_batch`, all texts in the order of their prompts."""
+        found = dict(self.stream_batch(prompts, places=places, chat=chat, think=think, **settings))
+        return [found[i] for i in range(len(prompts))]
+
     def chat(
         self, *, system: str | None = None, think: bool | None = None, **settings: Unpack[GenerationSettings]
     ) -> ChatSession:
@@ -325,10 +371,44 @@ class Model:
                 engine, self.tokenizer, ids, options, self.end_ids, held=held, continues_text=continues_text
             )
 
+    def _batch_items(
+        self, requests: Sequence[Request], continues: Sequence[bool], places: int | None
+    ) -> Generator[tuple[int, Result], None, None]:
+        ready, decoder = self._bound(), self._bound().bound.decoder
+        wanted = len(requests) if places is None else min(places, len(requests))
+        slots = min(
+            ready.engines.context, max((_slots(request, ready.engines.context) for request in requests), default=1)
+        )
+        with device_errors():
+            wanted = 1 if wanted <= 1 else min(wanted, self._on.most_places(decoder, slots))
+        if wanted <= 1:
+            for i, (request, on) in enumerate(zip(requests, continues, strict=True)):
+                stream = TextStream(self._items(ready.engines, list(request.ids), request.options, continues_text=on))
+                text = "".join(stream)
+                assert stream.finish is not None
+                yield i, Result(text, stream.finish)
+            return
+        with device_errors():
+            batch = self._on.batch(decoder, slots, wanted)
+            for i, text, finish in batch_texts(batch, self.tokenizer, requests, self.end_ids, continues=continues):
+                yield i, Result(text, finish)
+
     def _bound(self) -> _Ready:
         self.bind()
         assert self._ready is not None
         return self._ready
+
+
+def _numbered(options: GenerationOptions, i: int) -> GenerationOptions:
+    """Those of text ``i`` of several: with a seed of its own."""
+    seed = options.sampling.seed
+    return replace(options, sampling=replace(options.sampling, seed=None if seed is None else (seed + i) % SEEDS))
+
+
+def _slots(request: Request, context: int) -> int:
+    """Tokens that the text of ``request`` may come to, in whole steps of memory."""
+    most = request.options.max_tokens
+    return context if most is None else -(-(len(request.ids) + most) // SLOTS) * SLOTS
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,14 @@ def bench(lbq: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_sweep_of_random_weights(bench: Callable[..., Any], tmp_path: Path) -> None:
     picture = tmp_path / "roof.svg"
     done = bench(
-        "--shape", "tiny", "--bits", "3,4", "--gs", "32,row", "--depth", "0,9", "--batch", "1,4", "--picture", picture
+        "--shape", "tiny", "--bits", "3,4", "--gs", "32,row", "--depth", "0,9", "--batch", "1,17", "--picture", picture
     )
     assert done.code == 0, done.err
     assert done.out.splitlines()[0].startswith("tiny (random weights) on ")
     rows = [line for line in done.out.splitlines() if line.startswith("INT")]
     assert [line.split()[:2] for line in rows[::2]] == [[f"INT{b}", f"{g},"] for b in (3, 4) for g in ("g32", "row")]
     assert len(rows) == 8
-    assert done.out.count("not run: batch 4: lbq decodes one text at a time") == 1
+    assert done.out.count("not run: batch 17: 1 to 16 texts at a time") == 1
     drawn = ET.parse(picture).getroot()
     assert sum(node.tag.endswith("circle") for node in drawn.iter()) == 8
 
@@ -57,6 +57,29 @@ def test_an_artifact_in_json(bench: Callable[..., Any], kept_artifact: Path) -> 
     manifest = json.loads((kept_artifact / "lbq.json").read_text())["quantized"]
     stored = sum(m["n"] * (4 * -(-m["k"] * m["bits"] // 32) + 2 * m["k"] // m["group"]) for m in manifest.values())
     assert found["rows"][0]["weight_bytes"] == stored
+
+
+def test_several_texts(bench: Callable[..., Any], tmp_path: Path) -> None:
+    picture = tmp_path / "roof.svg"
+    rows = json.loads(bench("--shape", "tiny", "--batch", "1,3", "--json", "--picture", picture).out)["rows"]
+    one, three = rows
+    assert [row["case"]["batch"] for row in rows] == [1, 3]
+    assert three["decoded"]["cache_bytes"] == 3 * one["decoded"]["cache_bytes"]
+    nbytes = three["weight_bytes"] + three["decoded"]["cache_bytes"]
+    assert three["share"] * three["floor"] == pytest.approx(three["decoded"]["speed"]["median"])
+    assert three["floor"] / one["floor"] == pytest.approx(
+        3 * (one["weight_bytes"] + one["decoded"]["cache_bytes"]) / nbytes
+    )
+    assert one["over_one"] == 1
+    assert three["over_one"] == pytest.approx(
+        3 * one["decoded"]["speed"]["median"] / three["decoded"]["speed"]["median"]
+    )
+    assert three["decoded"]["check"]["kl"] < 1e-6
+    assert "INT4 row × 3: " in picture.read_text()
+    done = bench("--shape", "tiny", "--batch", "2")
+    assert done.out.splitlines()[1].split()[:3] == ["weights", "depth", "texts"]
+    assert "2 texts at a time" in done.out
+    assert "FALLBACK of several texts, which take turns: on a CPU" in done.out
 
 
 def test_markdown(bench: Callable[..., Any]) -> None:

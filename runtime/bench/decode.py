@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,11 +12,12 @@ import torch
 
 from lbq.formats.spec import ModelSpec
 from lbq.runtime.bench.memory import Peak
-from lbq.runtime.bench.reference import Check, check, reference_logits
+from lbq.runtime.bench.reference import Check, check, reference_logits, worst
 from lbq.runtime.binding import Weights
 from lbq.runtime.cache import DecoderState, KVCache, MixerState
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
+from lbq.runtime.text.batch import Batch
 from lbq.runtime.text.generation import Engine, GenerationOptions, generate_tokens
 from lbq.runtime.text.sampling import SamplingOptions
 
@@ -41,7 +42,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second behind the first new token, over the rounds."""
+    """Tokens a second behind the first new token, of all texts together, over the rounds."""
 
     median: float
     slowest: float
@@ -50,9 +51,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What one case gave. Seconds to the first token are a prompt's; ``cold``: of the first round, in which kernels are
-    compiled or loaded and graphs captured. ``cache_bytes``: keys and values that the middle new token reads, kept as
-    ``cache_dtype``."""
+    """What one case gave. Seconds to the first token are a prompt's, or all prompts'; ``cold``: of the first round, in
+    which kernels are compiled or loaded and graphs captured. ``cache_bytes``: keys and values that the middle step
+    reads, kept as ``cache_dtype``. ``batch_fallback``: why several texts do not share a pass over the weights."""
 
     speed: Speed
     first_token_seconds: float
@@ -61,6 +62,7 @@ class Decoded:
     cache_bytes: int
     cache_dtype: str
     check: Check
+    batch_fallback: str | None = None
 
 
 class Place(Protocol):
@@ -71,48 +73,99 @@ class Place(Protocol):
 
     def engine(self, decoder: Decoder, context: int) -> Engine: ...
 
+    def batch(self, decoder: Decoder, context: int, places: int) -> Batch: ...
+
 
 @dataclass(frozen=True)
 class _Round:
     first: float  # seconds
     rest: float
-    tokens: list[int]
+    tokens: list[list[int]]  # of each text
 
 
-def decode(weights: Weights, decoder: Decoder, place: Place, load: Workload, depth: int = 0) -> Decoded:
-    """Decode behind ``depth`` tokens of random keys and values; ``decoder`` is bound to ``weights`` on ``place``."""
-    peak = Peak(place.device)
-    engine = place.engine(decoder, depth + load.prompt + load.new)
-    held = hold(engine, depth)
-    random = torch.Generator().manual_seed(depth + 1)
-    ids = torch.randint(0, decoder.spec.vocab_size, (load.prompt,), generator=random).tolist()
-    rounds = [_round(engine, ids, depth, load, place.device) for _ in range(1 + load.rounds)]
-    logits = engine.decode(rounds[-1].tokens[-1]).clone()
-    most = peak.nbytes()
+def decode(weights: Weights, decoder: Decoder, place: Place, load: Workload, depth: int = 0, texts: int = 1) -> Decoded:
+    """Decode behind ``depth`` tokens of random keys and values, ``texts`` of them together; ``decoder`` is bound to
+    ``weights`` on ``place``. Figures are of all texts together, the check is that of the worst."""
+    peak, context = Peak(place.device), depth + load.prompt + load.new
+    running = _One(place.engine(decoder, context)) if texts == 1 else _Several(place.batch(decoder, context, texts))
+    held = [hold(engine, depth, seed) for seed, engine in enumerate(running.engines, 3)]
+    prompts = [_prompt(decoder, load, depth + 1 + i) for i in range(texts)]
+    rounds = [_round(running, prompts, depth, load, place.device) for _ in range(1 + load.rounds)]
     new = rounds[-1].tokens
-    expected = reference_logits(weights, place.device, [*ids, *new], load.new + 1, held if depth else None)
-    rates = [(load.new - 1) / one.rest for one in rounds[1:]]
+    logits = running.last_logits(new).clone()
+    most = peak.nbytes()
+    checks = []
+    for i, (ids, text) in enumerate(zip(prompts, new, strict=True)):
+        expected = reference_logits(weights, place.device, [*ids, *text], load.new + 1, held[i] if depth else None)
+        repeats = all(one.tokens[i] == text for one in rounds)
+        checks.append(check(logits[i], text, expected, repeats=repeats, greedy=not load.sampled))
+    rates = [texts * (load.new - 1) / one.rest for one in rounds[1:]]
     return Decoded(
         Speed(statistics.median(rates), min(rates), max(rates)),
         statistics.median(one.first for one in rounds[1:]),
         rounds[0].first,
         most,
-        round(sum(read_bytes(decoder.spec, held, depth + load.prompt + (load.new - 1) / 2))),
-        _dtype(held),
-        check(logits, new, expected, repeats=all(one.tokens == new for one in rounds), greedy=not load.sampled),
+        round(texts * sum(read_bytes(decoder.spec, held[0], depth + load.prompt + (load.new - 1) / 2))),
+        _dtype(held[0]),
+        worst(checks),
+        running.fallback,
     )
 
 
-def _round(engine: Engine, ids: Sequence[int], depth: int, load: Workload, device: torch.device) -> _Round:
-    options = GenerationOptions(max_tokens=load.new, sampling=load.sampling)
+def _prompt(decoder: Decoder, load: Workload, seed: int) -> list[int]:
+    random = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(0, decoder.spec.vocab_size, (load.prompt,), generator=random).tolist()
+    return ids
+
+
+class _One:
+    """A text by an engine."""
+
+    fallback: str | None = None
+
+    def __init__(self, engine: Engine) -> None:
+        self.engines = [engine]
+
+    def tokens(self, prompts: Sequence[Sequence[int]], depth: int, load: Workload) -> Iterator[list[int]]:
+        """The next token of each text."""
+        options = GenerationOptions(max_tokens=load.new, sampling=load.sampling)
+        for token in generate_tokens(self.engines[0], [0] * depth + list(prompts[0]), options, (), held=depth):
+            yield [token]
+
+    def last_logits(self, new: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Behind all tokens, float32 [texts, V]."""
+        return self.engines[0].decode(new[0][-1]).unsqueeze(0)
+
+
+class _Several:
+    """Texts that take their steps together."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch, self.fallback = batch, batch.fallback
+        self.engines = list(batch.engines)
+
+    def tokens(self, prompts: Sequence[Sequence[int]], depth: int, load: Workload) -> Iterator[list[int]]:
+        for place, ids in enumerate(prompts):
+            self._batch.begin(place, ids, load.sampling, held=depth)
+        for i in range(load.new):
+            yield [token for token in self._batch.tokens(more=i + 1 < load.new) if token is not None]
+
+    def last_logits(self, new: Sequence[Sequence[int]]) -> torch.Tensor:  # noqa: ARG002
+        self._batch.step()
+        return self._batch.logits
+
+
+def _round(
+    running: _One | _Several, prompts: Sequence[Sequence[int]], depth: int, load: Workload, device: torch.device
+) -> _Round:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
-    stream = generate_tokens(engine, [0] * depth + list(ids), options, (), held=depth)
-    tokens = [next(stream)]
+    steps = running.tokens(prompts, depth, load)
+    tokens = [next(steps)]
     first = time.perf_counter()
-    tokens += stream
-    return _Round(first - began, time.perf_counter() - first, tokens)
+    tokens += steps
+    return _Round(first - began, time.perf_counter() - first, [list(text) for text in zip(*tokens, strict=True)])
 
 
 def hold(engine: Engine, depth: int, seed: int = 3) -> DecoderState:

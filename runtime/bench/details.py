@@ -72,12 +72,7 @@ def _best_batch(bench: Bench, weight: ArrangedWeight, tokens: int) -> tuple[tupl
     """Seconds and tile of the fastest, and its error."""
     x = torch.randn(tokens, weight.k, device=bench.device)
     planes = batch.planes(x, weight.bits)
-    most = batch.tile_for(1, weight.k, weight.bits, bench.sms).split
-    times = [
-        (_cold(bench, weight, partial(batch.batch, planes, tile=tile)), tile)
-        for tile in BATCH_TILES
-        if tile.split <= most
-    ]
+    times = [(_cold(bench, weight, partial(batch.batch, planes, tile=tile)), tile) for tile in BATCH_TILES]
     best = min(times, key=lambda one: one[0])
     rows = min(weight.n, 4096)
     first = PackedWeight(weight.words[:rows], weight.scales[:rows], weight.bits, weight.group, weight.k)

@@ -66,6 +66,22 @@ def check(
     )
 
 
+def worst(checks: Sequence[Check]) -> Check:
+    """What is the worst of several texts."""
+    losses = [check.loss for check in checks if check.loss is not None]
+    return Check(
+        kl=_most([check.kl for check in checks]),
+        largest=_most([check.largest for check in checks]),
+        loss=_most(losses) if losses else None,
+        repeats=all(check.repeats for check in checks),
+    )
+
+
+def _most(values: Sequence[float]) -> float:
+    """The largest; NaN where one is."""
+    return float(torch.tensor(values, dtype=torch.float64).max())
+
+
 @torch.inference_mode()
 def reference_logits(
     weights: Weights, device: torch.device, ids: Sequence[int], last: int, held: DecoderState | None = None

@@ -26,6 +26,7 @@ from lbq.runtime.devices import CudaDevice, Device, device_errors
 from lbq.runtime.needs import needs
 
 GROUP = 256  # of random weights, where nothing else is asked for: what the figures of docs/performance.md have
+MOST_TEXTS = 16  # at a time
 SMALLER = "try a smaller --depth or model, or --device cpu"  # where memory runs out
 
 Group = int | Literal["row"]
@@ -49,25 +50,32 @@ class Machine:
 
 @dataclass(frozen=True)
 class Case:
-    """One combination. ``weights``: as ``INT4 g256, INT8 row``, the most first."""
+    """One combination. ``weights``: as ``INT4 g256, INT8 row``, the most first; ``batch``: texts at a time."""
 
     weights: str
     depth: int
     batch: int
 
+    @property
+    def name(self) -> str:
+        texts = "" if self.batch == 1 else f", {self.batch} texts"
+        return f"{self.weights} at depth {self.depth}{texts}"
+
 
 @dataclass(frozen=True)
 class Row:
-    """What one case reads a token and gave; bytes a token are means over the new tokens.
+    """What one case reads a step and gave, all texts together; bytes are means over the new tokens.
 
-    ``floor`` is the tokens a second at which these bytes pass at the copy bandwidth, and ``share`` how much of it was
-    reached. ``decoded`` is None where the case did not run, for the reason in ``skipped``.
+    ``floor`` is the tokens a second at which these bytes pass at the copy bandwidth, weights once a step for all texts,
+    and ``share`` how much of it was reached; ``over_one``: a step's time over that of one text, where it ran too.
+    ``decoded`` is None where the case did not run, for the reason in ``skipped``.
     """
 
     case: Case
     weight_bytes: int  # as stored
     floor: float | None
     share: float | None
+    over_one: float | None
     resident_bytes: int  # of weights, in the kernels' own arrangement
     load_seconds: float | None  # from the mapped file to the device and into that arrangement; None: drawn there
     decoded: Decoded | None
@@ -78,10 +86,17 @@ class Row:
     cache_fallback: str | None  # why keys and values are not read as they are kept, if so
 
     @property
+    def token_bytes(self) -> float | None:
+        """Weights, and keys and values, that a step reads for each of its tokens."""
+        if self.decoded is None:
+            return None
+        return (self.weight_bytes + self.decoded.cache_bytes) / self.case.batch
+
+    @property
     def fault(self) -> str | None:
         """What is wrong with its numbers, in words."""
         fault = self.decoded and self.decoded.check.fault
-        return f"{self.case.weights} at depth {self.case.depth}: {fault}" if fault else None
+        return f"{self.case.name}: {fault}" if fault else None
 
 
 @dataclass(frozen=True)
@@ -243,6 +258,7 @@ class _Measuring:
         self._variant, self._on, self._device, self._load = variant, on, device, load
         self._bound: tuple[Weights, Bound] | None = None
         self._seconds = 0.0  # that binding took
+        self._alone: dict[int, float] = {}  # tokens a second of one text, by depth
         self._weight_bytes = needs(variant.spec, variant.quantized, device).stored
 
     def rows(self, cases: Sequence[Case], on_case: OnCase) -> Iterator[Row]:
@@ -250,16 +266,18 @@ class _Measuring:
             skipped = self._why_not(case)
             decoded = None
             if skipped is None:
-                on_case(f"{case.weights}, depth {case.depth}")
+                on_case(case.name)
                 try:
-                    decoded = self._decode(case.depth)
+                    decoded = self._decode(case)
                 except torch.OutOfMemoryError:
-                    skipped = f"{case.weights}, depth {case.depth}: the GPU's memory does not hold it"
+                    skipped = f"{case.name}: the GPU's memory does not hold it"
+            if case.batch == 1 and decoded is not None:
+                self._alone[case.depth] = decoded.speed.median
             yield self._row(case, decoded, skipped)
 
     def _why_not(self, case: Case) -> str | None:
-        if case.batch != 1:
-            return f"batch {case.batch}: lbq decodes one text at a time"
+        if not 1 <= case.batch <= MOST_TEXTS:
+            return f"batch {case.batch}: 1 to {MOST_TEXTS} texts at a time"
         most, wanted = self._variant.spec.context, case.depth + self._load.prompt + self._load.new
         return f"depth {case.depth}: {wanted} tokens, and the model was made for {most}" if wanted > most else None
 
@@ -274,12 +292,13 @@ class _Measuring:
             self._seconds = time.perf_counter() - began
         return self._bound
 
-    def _decode(self, depth: int) -> Decoded:
+    def _decode(self, case: Case) -> Decoded:
         weights, bound = self._ready()
-        return decode(weights, bound.decoder, self._device, self._load, depth)
+        return decode(weights, bound.decoder, self._device, self._load, case.depth, case.batch)
 
     def _row(self, case: Case, decoded: Decoded | None, skipped: str | None) -> Row:
-        floor = self._on.copy / (self._weight_bytes + decoded.cache_bytes) if decoded else None
+        floor = case.batch * self._on.copy / (self._weight_bytes + decoded.cache_bytes) if decoded else None
+        alone = self._alone.get(case.depth)
         bound = self._bound and self._bound[1]
         step_fallback = self._device.step_fallback(bound.decoder) if bound else None
         return Row(
@@ -287,6 +306,7 @@ class _Measuring:
             self._weight_bytes,
             floor,
             decoded.speed.median / floor if decoded and floor else None,
+            case.batch * alone / decoded.speed.median if decoded and alone else None,
             bound.resident_bytes if bound else 0,
             self._seconds if bound and not self._variant.drawn else None,
             decoded,

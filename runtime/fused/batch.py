@@ -12,34 +12,12 @@ from lbq.runtime.cache import DecoderState, MixerState
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.fused.engine import SEEDS, default_plan
-from lbq.runtime.fused.graphs import Step, StepGraphs
+from lbq.runtime.fused.graphs import StepGraphs
 from lbq.runtime.fused.plan import Plan
-from lbq.runtime.fused.step import FusedStep, why_not
+from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels.sample import Chain, Choice, choose
 from lbq.runtime.key_units import measure_units
 from lbq.runtime.text.sampling import BROKEN_LOGITS, SamplingOptions
-
-
-class StepInTurn:
-    """A fused step for each text after the other: for weights that one pass cannot serve several texts of."""
-
-    def __init__(self, decoder: Decoder, slots: int, plan: Plan, texts: int) -> None:
-        self._one, self._texts = FusedStep(decoder, slots, plan), texts
-        self.logits = self._one.logits.new_empty((texts, decoder.spec.vocab_size))
-        self.short_until = self._one.short_until
-
-    @property
-    def launches(self) -> int:
-        return self._texts * (self._one.launches + 1)
-
-    def run(
-        self, token: torch.Tensor, position: torch.Tensor, state: DecoderState, *, short: bool | None = None
-    ) -> torch.Tensor:
-        """As :meth:`FusedStep.run`, of several texts."""
-        for i in range(self._texts):
-            at = slice(i, i + 1)
-            self.logits[i].copy_(self._one.run(token[at], position[at], state_of(state, i), short=short))
-        return self.logits
 
 
 def state_of(state: DecoderState, text: int) -> DecoderState:
@@ -73,7 +51,7 @@ def several_state(decoder: Decoder, slots: int, texts: int, dtype: torch.dtype) 
 
 
 class FusedBatch:
-    """A :class:`lbq.runtime.text.batch.Batch` on a decoder for which ``step.why_not(decoder)`` is None.
+    """A :class:`lbq.runtime.text.batch.Batch` on a decoder for which ``step.why_not(decoder, places)`` is None.
 
     A place whose text has ended goes on by garbage until a new text takes it: a step costs the same whatever ends.
     """
@@ -92,11 +70,10 @@ class FusedBatch:
         """``graphs=False`` launches the same step kernel by kernel, on any device."""
         plan = plan or default_plan(decoder.device)
         self.context, self.places = context, places
-        self.fallback = why_not(decoder, places)
-        make = FusedStep if self.fallback is None else StepInTurn
-        self._step: Step = make(decoder, context, plan, places)
+        self.fallback: str | None = None
+        self._step = FusedStep(decoder, context, plan, places)
         self._state = several_state(decoder, context, places, cache_dtype)
-        self._texts = [
+        self.engines = [
             DecoderEngine(decoder, context, state=state_of(self._state, i), layers=layers) for i in range(places)
         ]
         self._chain = Chain(decoder.spec.vocab_size, context, decoder.device, places)
@@ -116,7 +93,7 @@ class FusedBatch:
         return self._step.logits.view(self.places, -1)
 
     def begin(self, place: int, ids: Sequence[int], sampling: SamplingOptions, *, held: int = 0) -> None:
-        text, part = self._texts[place], self._chain.of_text(place)
+        text, part = self.engines[place], self._chain.of_text(place)
         text._state.length = held
         logits = text.prefill(ids)
         self._choices[place] = part.set(

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from lbq.runtime.cache import DecoderState
+from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels.sample import Chain, Choice, choose
 
 WARM_UP = 2  # runs before a capture: kernels are compiled then
 
 
-class Step(Protocol):
-    """A step of one text or several: see :class:`lbq.runtime.fused.step.FusedStep`."""
-
-    logits: torch.Tensor  # float32 [V], or [texts, V]
-
-    @property
-    def launches(self) -> int: ...
-
-    @property
-    def short_until(self) -> int: ...
-
-    def run(
-        self, token: torch.Tensor, position: torch.Tensor, state: DecoderState, *, short: bool | None = None
-    ) -> torch.Tensor: ...
-
-
 class StepGraphs:
     """Launches ``step`` at what ``chain`` holds."""
 
-    def __init__(self, step: Step, chain: Chain, state: DecoderState, *, pdl: bool, graphs: bool) -> None:
+    def __init__(self, step: FusedStep, chain: Chain, state: DecoderState, *, pdl: bool, graphs: bool) -> None:
         """``graphs=False`` launches kernel by kernel, on any device."""
         self._step, self._chain, self._state, self._pdl = step, chain, state, pdl
         self._use_graphs = graphs

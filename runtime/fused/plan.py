@@ -12,8 +12,10 @@ from lbq.runtime.kernels.attention import Heads, Short, Split, serves_short, spl
 from lbq.runtime.kernels.batch import BatchTile, tile_for
 from lbq.runtime.kernels.gemv import ArrangedWeight, Tile, tile
 from lbq.runtime.kernels.gemv.tiles import codes_a_column, whole_rows
+from lbq.runtime.kernels.project import Kind
 
 Role = Literal["qkv", "out", "gate_up", "down", "head"]
+KINDS: dict[Role, Kind] = {"out": "add", "down": "add", "gate_up": "gated", "qkv": "store", "head": "store"}
 ROLES: tuple[Role, ...] = ("qkv", "out", "gate_up", "down", "head")
 
 
@@ -99,7 +101,7 @@ class Plan:
     def batching(self, role: Role, weight: ArrangedWeight, sm_count: int) -> Batching:
         """How ``role`` runs on ``weight`` for several texts."""
         chosen: Batching | None = getattr(self.several, role)
-        return chosen or Batching(tile_for(weight.n, weight.k, weight.bits, sm_count))
+        return chosen or Batching(tile_for(weight.n, weight.k, weight.bits, sm_count, KINDS[role]))
 
     def shortening(self, heads: Heads) -> Short | None:
         """How ``heads`` attend to a short text; None where they cannot."""

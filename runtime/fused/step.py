@@ -17,13 +17,13 @@ import torch
 from lbq.runtime.attention import AttentionMixer
 from lbq.runtime.cache import DecoderState, KVCache
 from lbq.runtime.decoder import Decoder, DecoderLayer
-from lbq.runtime.fused.plan import ROLES, Batching, Plan, Projecting, Role
+from lbq.runtime.fused.plan import KINDS, ROLES, Batching, Plan, Projecting, Role
 from lbq.runtime.kernels import attention, batch, planes
 from lbq.runtime.kernels.attention import Cache, Heads, Norms, Scratch, Short, Split
 from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
 from lbq.runtime.kernels.gemv import BLOCK, ArrangedWeight, sm_count
 from lbq.runtime.kernels.planes import Activations, Normed
-from lbq.runtime.kernels.project import Activation, Kind, arrivals, project, project_dense
+from lbq.runtime.kernels.project import Activation, arrivals, project, project_dense
 from lbq.runtime.norm import RmsNorm
 from lbq.runtime.rope import Rotary
 
@@ -53,9 +53,6 @@ def why_not(decoder: Decoder, texts: int = 1) -> str | None:
     if texts > 1 and isinstance(head, CudaLinear) and (trouble := batch.why_not(head.weight)):
         return f"the head has {trouble}, which one pass for several texts cannot read"
     return None
-
-
-KINDS: dict[Role, Kind] = {"out": "add", "down": "add", "gate_up": "gated", "qkv": "store", "head": "store"}
 
 
 def write_planes(y: torch.Tensor, to: Normed | Activations | None, *, pdl: bool, onward: bool = True) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from lbq.runtime.text.detokenize import StreamDecoder
-from lbq.runtime.text.generation import Finish, GenerationOptions, Reason
+from lbq.runtime.text.generation import Engine, Finish, GenerationOptions, Reason
 from lbq.runtime.text.sampling import SamplingOptions
 from lbq.runtime.text.stops import StopStrings
 from lbq.runtime.text.tokenizer import Tokenizer
@@ -23,6 +23,11 @@ class Batch(Protocol):
     places: int
     context: int  # the most tokens of a text
     fallback: str | None  # why it does not read the weights once for all of them, if so
+
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """What holds the text of each place."""
+        ...
 
     @property
     def logits(self) -> torch.Tensor:
@@ -110,10 +115,11 @@ def batch_texts(
     requests: Sequence[Request],
     eos_ids: Collection[int],
     *,
-    continues_text: bool = False,
+    continues: Sequence[bool],
 ) -> Generator[tuple[int, str, Finish], None, None]:
     """The texts that follow prompts, each with its number among ``requests``, as they end.
 
+    ``continues``: whether each is shown right after its prompt, so that a leading space counts.
     Prompts must leave room for an answer. A text that waits takes the place of one that has ended; its prompt is taken
     in by itself while the others wait. Times of a text begin with its own prompt.
     """
@@ -124,10 +130,11 @@ def batch_texts(
         index, request = waiting.popleft()
         wanted, room = request.options.max_tokens, batch.context - len(request.ids)
         most = room if wanted is None else min(room, wanted)
-        decoder, stops = tokenizer.stream(continues_text=continues_text), StopStrings(request.options.stop)
+        decoder, stops = tokenizer.stream(continues_text=continues[index]), StopStrings(request.options.stop)
         active[place] = _Text(index, request, most, "length" if most == wanted else "context", decoder, stops)
         batch.begin(place, request.ids, request.options.sampling)
 
+    assert all(0 < len(request.ids) < batch.context for request in requests)
     try:
         for place in range(min(batch.places, len(requests))):
             begin(place)

@@ -332,3 +332,72 @@ print([name for name in absent if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_several_prompts(model):
+    """Each as it is by itself; with a seed of its own."""
+    prompts = ["Once upon", "There was a very long", "x"]
+    alone = [model.generate(prompt, max_tokens=9) for prompt in prompts]
+    together = model.generate_batch(prompts, max_tokens=9)
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert [one.finish.tokens for one in together] == [one.finish.tokens for one in alone]
+    drawn = {"temperature": 1.0, "max_tokens": 9}
+    together = dict(model.stream_batch(prompts, seed=5, **drawn))
+    assert [together[i].text for i in range(3)] == [
+        model.generate(prompt, seed=5 + i, **drawn).text for i, prompt in enumerate(prompts)
+    ]
+    assert model.generate_batch([]) == []
+
+
+class _Counting:
+    """A device that takes several texts together by engines of their own, and counts places."""
+
+    def __init__(self, device):
+        self._device, self.made = device, []
+
+    def __getattr__(self, name):
+        return getattr(self._device, name)
+
+    def most_places(self, decoder, context):  # noqa: ARG002
+        return 2
+
+    def batch(self, decoder, context, places):
+        self.made.append((context, places))
+        return self._device.batch(decoder, context, places)
+
+
+def test_prompts_take_the_places_of_texts_that_ended(model, monkeypatch):
+    device = _Counting(model._on)
+    monkeypatch.setattr(model, "_on", device)
+    prompts = ["Once upon", "There was a very long", "x", "Tom", "The"]
+    alone = [model.generate(prompt, max_tokens=9, stop=["e"]) for prompt in prompts]
+    together = model.generate_batch(prompts, max_tokens=9, stop="e")
+    assert device.made == [(min(256, model.context), 2)]
+    for one, other in zip(together, alone, strict=True):
+        assert (one.text, one.finish.tokens, one.finish.reason) == (
+            other.text,
+            other.finish.tokens,
+            other.finish.reason,
+        )
+        assert one.finish.decode_steps == other.finish.decode_steps
+        assert one.finish.prompt_tokens == other.finish.prompt_tokens
+    for _ in model.stream_batch(prompts, max_tokens=3):
+        break  # left before the end
+    assert model.generate_batch(prompts[:1], max_tokens=2)[0].text == model.generate(prompts[0], max_tokens=2).text
+    full = model.generate_batch(prompts[:2])
+    assert {one.finish.reason for one in full} <= {"context", "eos"}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "said"),
+    [
+        ("a text", {}, "must be a list"),
+        (["a", ""], {}, "prompt 2 is empty"),
+        (["a", "b " * 5000], {}, "prompt 2 has"),
+        (["a"], {"places": 0}, "at least 1"),
+        (["a"], {"temperatur": 1}, "temperatur"),
+    ],
+)
+def test_prompts_that_make_no_sense(model, prompts, settings, said):
+    with pytest.raises(UsageError, match=said):
+        model.generate_batch(prompts, chat=False, **settings)

@@ -8,6 +8,7 @@ a decode step of several texts, which ends in what the next kernel reads: ``proj
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log2
 
 import torch
 from triton import cdiv, next_power_of_2
@@ -21,7 +22,8 @@ from lbq.runtime.kernels.project import Activation, Kind
 __all__ = ["TOKENS", "BatchTile", "batch", "planes", "product", "tile_codes", "tile_for", "why_not"]
 
 TOKENS = 16
-WARPS_A_PROCESSOR = 16  # with two rows of four words each under way, enough to hide memory's latency
+WARPS_A_PROCESSOR = 12
+STEPS_A_WARP = 8
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,12 @@ def planes(x: torch.Tensor, bits: int) -> Planes:
     return quantize(x, bits, tile_codes(bits))
 
 
-def tile_for(n: int, k: int, bits: int, sm_count: int) -> BatchTile:
-    """The rule for a matrix [n, k]."""
-    wanted = next_power_of_2(cdiv(WARPS_A_PROCESSOR * sm_count * 16, n))
-    return BatchTile(int(max(1, min(8, wanted, next_power_of_2(cdiv(k, tile_codes(bits)) + 1) // 2))))
+def tile_for(n: int, k: int, bits: int, sm_count: int, kind: Kind = "store") -> BatchTile:
+    """The rule for a matrix [n, k]: what was best at four tokens of 8B's shapes on an H200, or within 3% of it."""
+    tiles = cdiv(k, tile_codes(bits))
+    wanted = 2 ** round(log2(max(1.0, WARPS_A_PROCESSOR * sm_count * 16 / n)))
+    split = max(2, min(8, wanted, next_power_of_2(tiles // STEPS_A_WARP + 1) // 2))
+    return BatchTile(1 if tiles == 1 else split, 1 if kind == "store" else 2, depth=2)
 
 
 def batch(
@@ -138,7 +142,7 @@ def product(
         G=weight.group,
         BITS=weight.bits,
         XC=x.planes.q.shape[3],
-        FOURS=next_power_of_2(cdiv(m, 4)),
+        FOURS=cdiv(m, 4),
         S=tile.split,
         T=tile.blocks,
         DEPTH=tile.depth,

@@ -133,25 +133,66 @@ def _tile(
 
 
 @triton.jit
-def _fours(a, b, c, d, FOURS: tl.constexpr, W: tl.constexpr):
-    """The sums over parts of up to four [16, W · 8], side by side: [4 tokens, W, 8 rows, FOURS]; see ``_four``."""
-    a = tl.sum(a.reshape(4, 4, W, 8), axis=1)
-    if FOURS == 1:
-        found = a.reshape(4, W, 8, 1)
-    elif FOURS == 2:
-        found = tl.join(a, tl.sum(b.reshape(4, 4, W, 8), axis=1))
-    else:
-        b = tl.sum(b.reshape(4, 4, W, 8), axis=1)
-        c = tl.sum(c.reshape(4, 4, W, 8), axis=1)
-        d = tl.sum(d.reshape(4, 4, W, 8), axis=1)
-        found = tl.join(tl.join(a, b), tl.join(c, d)).reshape(4, W, 8, 4)
-    return found
+def _roots(squares_ptr, first: tl.constexpr, M, K: tl.constexpr, SIZE: tl.constexpr):
+    """Sums of squares of four tokens' x [K], [4, ⌈K/SIZE⌉] padded with zeros."""
+    BLOCKS: tl.constexpr = (K + SIZE - 1) // SIZE
+    token = first + tl.arange(0, 4)[:, None]
+    b = tl.arange(0, triton.next_power_of_2(BLOCKS))[None, :]
+    return tl.load(squares_ptr + token * BLOCKS + b, mask=(token < M) & (b < BLOCKS), other=0.0)
 
 
 @triton.jit
-def _four(f, FOURS: tl.constexpr):
-    """Which four tokens stand at ``f`` of those side by side."""
-    return f % 2 * 2 + f // 2 if FOURS == 4 else f
+def _summed(y, S: tl.constexpr, T: tl.constexpr):
+    """Sums over the warps that share rows, and over parts, of y [16, T · S · 8]: [4 tokens, T · 8 rows]."""
+    return tl.sum(tl.sum(y.reshape(4, 4, T, S, 8), axis=3), axis=1).reshape(4, T * 8)
+
+
+@triton.jit
+def _ended(
+    y,
+    z,
+    squares,
+    bias_ptr,
+    y_ptr,
+    first: tl.constexpr,
+    here,
+    N,
+    M,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    T: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMED: tl.constexpr,
+    EPS: tl.constexpr,
+    KIND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """The results of four tokens from ``first`` on, stored."""
+    token = first + tl.arange(0, 4)[:, None]
+    r = tl.arange(0, T * 8)[None, :]
+    low = _summed(y, S, T)
+    high = _summed(z, S, T)
+    if NORMED:
+        root = tl.rsqrt(tl.sum(squares, axis=1) / K + EPS)[:, None]
+        low *= root
+        high *= root
+    if KIND == "gated":
+        row = here + r
+        inside = row < N
+        if HAS_BIAS:
+            low += tl.load(bias_ptr + row, mask=inside, other=0.0)
+            high += tl.load(bias_ptr + N + row, mask=inside, other=0.0)
+        tl.store(y_ptr + token * N + row, activate(low, ACTIVATION) * high, mask=(token < M) & inside)
+    else:
+        for half in tl.static_range(2):
+            row = here + r // 8 * 16 + half * 8 + r % 8
+            inside = (token < M) & (row < N)
+            sums = high if half else low
+            if HAS_BIAS:
+                sums += tl.load(bias_ptr + row, mask=row < N, other=0.0)
+            if KIND == "add":
+                sums += tl.load(y_ptr + token * N + row, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(y_ptr + token * N + row, sums, mask=inside)
 
 
 @triton.jit
@@ -222,11 +263,11 @@ def batch(
     PDL: tl.constexpr,
     EMULATE: tl.constexpr,
 ):
-    """y[m, n] = Σₖ s[n, k // G] · (code[n, k] − 2^(BITS−1)) · x[m, k] + bias[n] for M ≤ 4 · FOURS tokens.
+    """y[m, n] = Σₖ s[n, k // G] · (code[n, k] − 2^(BITS−1)) · x[m, k] + bias[n] for M ≤ 4·FOURS tokens.
 
     w int32 [rows, COLS], 8 or 4 bits; s bfloat16 [rows, K/G], G a multiple of the 16 columns of a tile, a half or a
     quarter of it, or K; q int32 [M, 2, C/4, XC] and xs float32 [M, tiles], one scale for a tile, as ``quantize`` writes
-    them with FOLD = 2^(BITS−8); FOURS 1, 2 or 4. x is normalised after the fact if NORMED, by its squares [M, tiles].
+    them with FOLD = 2^(BITS−8). x is normalised after the fact if NORMED, by its squares [M, tiles].
 
     KIND "store": y float32 [M, N] is stored, of N rows. "add": it is added to the residual stream ``y_ptr`` [M, N].
     "gated": there are 2N rows, gate then up, and y = act(gate) · up [M, N].
@@ -246,8 +287,7 @@ def batch(
     PARTS: tl.constexpr = 1 if (G == K or G % (16 * C) == 0) else 16 * C // G
     PLANE: tl.constexpr = C // 4 * XC
     W: tl.constexpr = S * T
-    OUT_ROWS: tl.constexpr = 8 if KIND == "gated" else 16
-    OUTPUTS: tl.constexpr = T * OUT_ROWS
+    OUTPUTS: tl.constexpr = T * 8 if KIND == "gated" else T * 16
     g = (tl.arange(0, W * 8) % 8)[None, :]
     warp = (tl.arange(0, W * 8) // 8)[None, :]
     part = warp % S
@@ -274,33 +314,19 @@ def batch(
     if DEPTH > 1:
         w1, s1 = _tile(w_ptr, s_ptr, low, part * 16 + S * 16, K, G, BITS, PARTS)
         v1, u1 = _tile(w_ptr, s_ptr, high, part * 16 + S * 16, K, G, BITS, PARTS)
-    # What the results go on by, in the order in which they will be found: [4 tokens, T, 8 rows, FOURS] of gates, else
-    # with an axis of the two halves of a block's rows behind these.
-    f = tl.arange(0, FOURS)
-    token = tl.arange(0, 4)[:, None] + 4 * _four(f, FOURS)[None, :]  # [4, FOURS]
-    row = here + tl.arange(0, T)[:, None] * OUT_ROWS + tl.arange(0, 8)[None, :]
-    if KIND == "gated":
-        out = y_ptr + token[:, None, None, :] * N + row[None, :, :, None]
-        inside = (token < M)[:, None, None, :] & (row < N)[None, :, :, None]
-        if HAS_BIAS:
-            gate_bias = tl.load(bias_ptr + row, mask=row < N, other=0.0)[None, :, :, None]
-            up_bias = tl.load(bias_ptr + N + row, mask=row < N, other=0.0)[None, :, :, None]
-    else:
-        row = row[:, :, None] + tl.arange(0, 2)[None, None, :] * 8
-        out = y_ptr + token[:, None, None, :, None] * N + row[None, :, :, None, :]
-        inside = (token < M)[:, None, None, :, None] & (row < N)[None, :, :, None, :]
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + row, mask=row < N, other=0.0)[None, :, :, None, :]
     take_turn(PDL, True)
+    squares0 = 0.0
+    squares1 = 0.0
+    squares2 = 0.0
+    squares3 = 0.0
     if NORMED:
-        BLOCKS: tl.constexpr = (K + 16 * C - 1) // (16 * C)
-        b = tl.arange(0, triton.next_power_of_2(BLOCKS))[None, None, :]
-        squares = tl.load(
-            squares_ptr + token[:, :, None] * BLOCKS + b, mask=(token < M)[:, :, None] & (b < BLOCKS), other=0.0
-        )
-    if KIND == "add":
-        # Not through L1, which may hold the line from before other programs wrote their part of it.
-        stream = tl.load(out, mask=inside, other=0.0, cache_modifier=".cg")
+        squares0 = _roots(squares_ptr, 0, M, K, 16 * C)
+        if FOURS > 1:
+            squares1 = _roots(squares_ptr, 4, M, K, 16 * C)
+        if FOURS > 2:
+            squares2 = _roots(squares_ptr, 8, M, K, 16 * C)
+        if FOURS > 3:
+            squares3 = _roots(squares_ptr, 12, M, K, 16 * C)
     for step in tl.range(0, STEPS, num_stages=1):
         tile = step * S + part
         column = tile * 16
@@ -313,8 +339,10 @@ def batch(
             x1 = x0
             if BITS == 4:
                 x1 = tl.load(x + XC, mask=there, other=0)
-            its = four * 4 + i // 4
-            scale = tl.load(xs_ptr + its * TILES + tile, mask=(i % 4 < PARTS) & (its < M) & (tile < TILES), other=0.0)
+            token = four * 4 + i // 4
+            scale = tl.load(
+                xs_ptr + token * TILES + tile, mask=(i % 4 < PARTS) & (token < M) & (tile < TILES), other=0.0
+            )
             y, z = _products(w, v, x0, x1, BITS, W, PARTS, EMULATE)
             if four == 0:
                 y0 += y * (s * scale)
@@ -334,22 +362,11 @@ def batch(
         else:
             w, s, v, u = w_next, s_next, v_next, u_next
 
-    y = tl.join(_fours(y0, y1, y2, y3, FOURS, W), _fours(z0, z1, z2, z3, FOURS, W))
-    y = tl.sum(y.reshape(4, T, S, 8, FOURS, 2), axis=2)
-    if NORMED:
-        y *= tl.rsqrt(tl.sum(squares, axis=2) / K + EPS)[:, None, None, :, None]
-    if KIND == "gated":
-        gate, up = tl.split(y)
-        if HAS_BIAS:
-            gate += gate_bias
-            up += up_bias
-        tl.store(out, activate(gate, ACTIVATION) * up, mask=inside)
-    else:
-        if HAS_BIAS:
-            y += bias
-        if KIND == "add":
-            y += stream
-        tl.store(out, y, mask=inside)
+    for four in tl.static_range(FOURS):
+        y = y0 if four == 0 else y1 if four == 1 else y2 if four == 2 else y3
+        z = z0 if four == 0 else z1 if four == 1 else z2 if four == 2 else z3
+        squares = squares0 if four == 0 else squares1 if four == 1 else squares2 if four == 2 else squares3
+        _ended(y, z, squares, bias_ptr, y_ptr, four * 4, here, N, M, K, S, T, HAS_BIAS, NORMED, EPS, KIND, ACTIVATION)
     if C_OUT > 0:
         if OUTPUTS % SIZE_OUT == 0:
             tl.debug_barrier()

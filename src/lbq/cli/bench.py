@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--bits", help="With --shape: which of 3, 4 and 8.  [4]")
 @click.option("--gs", "groups", help="With --shape: which groups, 32…512 or row.  [256; row at 8 bits]")
 @click.option("--depth", default="0", show_default=True, help="Tokens held before the prompt, as 0,4096.")
-@click.option("--batch", default="1", show_default=True, help="Texts at a time: more than one is said not to run.")
+@click.option("--batch", default="1", show_default=True, help="Texts at a time, as 1,2,4,8; up to 16.")
 @click.option("--prompt", "prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens.")
 @click.option("--tokens", "new", type=click.IntRange(2), default=256, show_default=True, help="New tokens.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Beside one to warm up.")

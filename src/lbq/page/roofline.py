@@ -41,9 +41,10 @@ def draw(report: Report) -> str:
     assert ran
     points = [
         Point(
-            row.weight_bytes + row.decoded.cache_bytes,
+            row.token_bytes or 0.0,
             row.decoded.speed.median,
-            f"{row.case.weights.split(',')[0]}{f' at {row.case.depth}' if row.case.depth else ''}: "
+            f"{row.case.weights.split(',')[0]}{f' at {row.case.depth}' if row.case.depth else ''}"
+            f"{f' × {row.case.batch}' if row.case.batch > 1 else ''}: "
             f"{'WRONG' if row.fault else f'{row.share or 0:.0%}'}",
             "wrong" if row.fault else "lbq",
         )
@@ -55,9 +56,10 @@ def draw(report: Report) -> str:
             share = peer.speed.median * peer.nbytes / report.machine.copy
             points.append(Point(peer.nbytes, peer.speed.median, f"{peer.name}: {share:.0%}", "peer"))
     load = report.load
+    texts = "one text" if all(row.case.batch == 1 for row in ran) else "one text, or × so many at a time"
     return roofline(
         f"{report.subject} on {report.machine.name}",
-        f"one text, {load.prompt} + {load.new} tokens",
+        f"{texts}, {load.prompt} + {load.new} tokens",
         report.machine.copy,
         points,
     )

@@ -41,6 +41,33 @@ def test_a_decode_is_confirmed(bits, depth):
     assert found.peak_bytes > 1 << 20
 
 
+@pytest.mark.parametrize("depth", [0, 30])
+def test_several_texts_are_confirmed(depth):
+    weights = random_weights()
+    found = decode(weights, bind(weights, CPU).decoder, CPU, LOAD, depth, texts=3)
+    assert found.check.fault is None
+    assert found.check.kl < 1e-9
+    assert found.cache_bytes == 3 * decode(weights, bind(weights, CPU).decoder, CPU, LOAD, depth).cache_bytes
+    assert "CPU" in found.batch_fallback
+
+
+def test_one_wrong_text_of_several_is_found_out():
+    weights = random_weights()
+
+    @dataclass
+    class OneBroken:
+        device: torch.device = CPU.device
+
+        def batch(self, decoder, context, places):
+            batch = CPU.batch(decoder, context, places)
+            plain = batch.engines[1].decode
+            batch.engines[1].decode = lambda token: plain(token) * 1.5
+            return batch
+
+    found = decode(weights, bind(weights, CPU).decoder, OneBroken(), LOAD, texts=3)
+    assert "final logits diverge" in found.check.fault
+
+
 def test_tokens_that_are_drawn():
     weights = random_weights()
     decoder = bind(weights, CPU).decoder
@@ -139,7 +166,9 @@ def test_bytes_of_keys_and_values():
 
 
 @pytest.mark.gpu
-def test_the_fused_step_is_confirmed():
+@pytest.mark.parametrize("texts", [1, 2])
+def test_the_fused_step_is_confirmed(texts):
+    from lbq.runtime.fused.batch import FusedBatch
     from lbq.runtime.fused.engine import FusedEngine
     from lbq.runtime.kernels.gemv.triton import INTERPRETED
 
@@ -150,9 +179,13 @@ def test_the_fused_step_is_confirmed():
         def engine(self, decoder, context):
             return FusedEngine(decoder, context, graphs=not INTERPRETED)
 
+        def batch(self, decoder, context, places):
+            return FusedBatch(decoder, context, places, graphs=not INTERPRETED)
+
     place = Fused(torch.device("cpu" if INTERPRETED else "cuda"))
     weights = random_weights(device=place.device)
     decoder = bind(weights, DeviceKernels(place.device)).decoder
-    found = decode(weights, decoder, place, Workload(prompt=17, new=3, rounds=1), depth=30)
+    load = Workload(prompt=1 if INTERPRETED else 17, new=2 if INTERPRETED else 5, rounds=1)
+    found = decode(weights, decoder, place, load, depth=30, texts=texts)
     assert found.check.fault is None
     assert found.check.kl < 1e-4

@@ -65,8 +65,12 @@ def test_what_is_broken_stays_with_its_token(random_weight: Weights) -> None:
 
 
 def test_rule_and_refusals(random_weight: Weights) -> None:
-    assert [tile_for(n, 4096, 4, 132).split for n in (128256, 28672, 4096, 1024)] == [1, 2, 8, 8]
-    assert tile_for(1024, 192, 4, 132).split == 2
+    assert tile_for(6144, 4096, 4, 132) == BatchTile(4, 1, 2)
+    assert tile_for(28672, 4096, 4, 132, "gated") == BatchTile(2, 2, 2)
+    assert tile_for(4096, 4096, 4, 132, "add") == BatchTile(4, 2, 2)
+    assert tile_for(4096, 14336, 4, 132, "add") == BatchTile(8, 2, 2)
+    assert tile_for(128256, 4096, 8, 132) == BatchTile(2, 1, 2)
+    assert tile_for(1024, 100, 4, 132) == BatchTile(1, 1, 2)
     assert why_not(gemv.arrange(random_weight(4, 192, 3, 64, DEVICE))) == "3-bit codes"
     assert "groups of 48" in str(why_not(gemv.arrange(random_weight(4, 192, 4, 48, DEVICE))))
     for bits, group in ((4, 64), (4, 32), (8, 64), (8, 32)):
