@@ -264,3 +264,41 @@ def test_explained_kernels(answer: Answer, lbq: Callable[..., Any], kept_artifac
     assert lbq("inspect", kept_artifact, "--kernels", "--device", "tpu").code == 2
     assert lbq("inspect", kept_artifact, "--device", "cpu").error == "--device goes with --kernels"
     assert lbq("inspect", kept_artifact, "--layers", "--kernels").code == 2
+
+
+def test_prompts_of_a_file(answer: Answer, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("hello\n\nthe cat\r\nx\n")
+    done = answer("--prompts", path)
+    assert done.code == 0, done.err
+    found = [json.loads(line) for line in done.out.splitlines()]
+    alone = [answer("-p", prompt) for prompt in ("hello", "the cat", "x")]
+    assert [one["text"] + "\n" for one in found] == [one.out for one in alone]
+    assert [one["prompt_tokens"] for one in found] == [prompt_tokens(one) for one in alone]
+    assert all((one["tokens"], one["reason"]) == (20, "length") for one in found)
+    assert "[3 texts, 60 tokens in " in done.err
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"hello"\n[{"role": "user", "content": "the cat"}]\n')
+    done = answer("--prompts", path)
+    assert [json.loads(line)["text"] for line in done.out.splitlines()] == [one["text"] for one in found[:2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "said"),
+    [
+        ("a.txt", b"\n \n", (), "no prompt in it"),
+        ("a.txt", b"\xff", (), "not UTF-8"),
+        ("a.txt", b"hi", ("-p", "hi"), "one of the two"),
+        ("a.jsonl", b'"a"\n{"b": 1}', (), "a.jsonl, line 2"),
+        ("a.jsonl", b'[{"role": "user", "content": "a"}]', ("--system", "b"), "prompt 1 is a list"),
+        ("nowhere/a.txt", None, (), "nowhere"),
+    ],
+)
+def test_prompts_that_are_refused(
+    answer: Answer, tmp_path: Path, name: str, content: bytes | None, options: tuple[str, ...], said: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    done = answer("--prompts", tmp_path / name, *options)
+    assert done.code != 0
+    assert said in done.error, done

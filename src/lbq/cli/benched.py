@@ -91,7 +91,7 @@ def _texts(report: Report) -> str:
     batches = list(dict.fromkeys(row.case.batch for row in report.rows if row.decoded))
     if batches == [1]:
         return "one text"
-    return f"{', '.join(map(str, batches))} texts at a time (tokens/s of all; step: its time over one text's), each"
+    return f"{', '.join(map(str, batches))} texts at a time (tokens/s of all; step: its time over one text's)"
 
 
 def _peer(peer: Peer, speed: Speed, on: Machine, ours: float | None) -> tuple[str, ...]:

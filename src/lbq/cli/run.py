@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ import click
 from lbq.cli.display import Bar, note, plain, progress
 from lbq.cli.kernels import print_explanation, print_uses
 from lbq.cli.options import Wish, quantization_options
+from lbq.cli.prompts import answer, read_prompts, with_system
 from lbq.formats.errors import DataError, DeviceError, UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +29,12 @@ CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an ans
 @click.command()
 @click.argument("artifact")
 @click.option("-p", "--prompt", help="Answer this and exit; - reads it from stdin, as does a pipe without -p.")
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Answer every line of FILE, or every text or list of messages of FILE.jsonl; prints JSON lines.",
+)
 @click.option("--system", help="System prompt.")
 @click.option(
     "--chat/--no-chat", default=None, help="--no-chat: continue the prompt as it is, without the chat template."
@@ -61,6 +69,7 @@ CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an ans
 def run(
     artifact: str,
     prompt: str | None,
+    prompts_file: Path | None,
     system: str | None,
     chat: bool | None,
     think: bool | None,
@@ -78,11 +87,14 @@ def run(
 
     With --bits, ARTIFACT is a checkpoint: it is quantized while it is loaded, and nothing is written.
     """
-    if prompt == "-" or (prompt is None and not _at_terminal()):
+    if prompts_file is not None and prompt is not None:
+        raise UsageError("--prompts and -p: one of the two")
+    prompts = None if prompts_file is None else with_system(read_prompts(prompts_file), system)
+    if prompts is None and (prompt == "-" or (prompt is None and not _at_terminal())):
         prompt = _read_stdin()
     if system is not None and chat is False:
         raise UsageError("--system needs the chat template: leave out --no-chat")
-    if prompt is None and chat is False:
+    if prompt is None and prompts is None and chat is False:
         raise UsageError("--no-chat continues a prompt: give one with -p")
     given = {name: value for name, value in settings.items() if value is not None}
     where: LoadSettings = {
@@ -91,8 +103,14 @@ def run(
     }  # fmt: skip
     opened, loading = (_open_artifact if wish.bits is None else _open_checkpoint)(artifact, wish, where)
     with opened as model:
-        _say_notes(model, given, continues=prompt is not None and system is None and chat is None)
-        if prompt is None:
+        asks = prompt is not None or prompts is not None
+        _say_notes(model, given, continues=asks and system is None and chat is None)
+        if prompts is not None:
+            with loading.shown():
+                model.bind()
+            answer(model, prompts, chat=chat, think=think, **given)
+            finish = None
+        elif prompt is None:
             with loading.shown():
                 session = model.chat(system=system, think=think, **given)
             _chat(model, session)

@@ -1,0 +1,79 @@
+"""``lbq run --prompts``: many prompts from a file, their answers as JSON lines in the same order."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from lbq.formats.errors import DataError, UsageError
+from lbq.formats.json_file import decode, read_bytes
+from lbq.formats.wording import counted
+
+if TYPE_CHECKING:
+    from lbq.runtime.model import Model, Prompt, Result
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A line of what is printed. ``tokens``: new ones; ``reason``: why the text ended."""
+
+    text: str
+    reason: str
+    prompt_tokens: int
+    tokens: int
+
+    @classmethod
+    def of(cls, result: Result) -> Answer:
+        finish = result.finish
+        return cls(result.text, finish.reason, finish.prompt_tokens, len(finish.tokens))
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The lines of ``path`` that are not empty: texts, or in a .jsonl file JSON strings and lists of chat messages.
+
+    Raises StorageError and DataError for the file, UsageError where there is no prompt in it.
+    """
+    try:
+        lines = read_bytes(path).decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
+    found = [(i, line.removesuffix("\r")) for i, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UsageError(f"{path}: there is no prompt in it, one a line")
+    if path.suffix != ".jsonl":
+        return [line for _, line in found]
+    kind: Any = str | list[dict[str, str]]
+    return [decode(line.encode(), kind, f"{path}, line {i}") for i, line in found]
+
+
+def with_system(prompts: Sequence[Prompt], system: str | None) -> list[Prompt]:
+    """Each behind a system prompt, if there is one. Raises UsageError for chats, which have their own."""
+    if system is None:
+        return list(prompts)
+    found: list[Prompt] = []
+    for i, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            raise UsageError(f"--system goes with prompts that are texts, and prompt {i} is a list of messages")
+        found.append([{"role": "system", "content": system}, {"role": "user", "content": prompt}])
+    return found
+
+
+def answer(model: Model, prompts: Sequence[Prompt], **settings: Any) -> None:
+    """Print the answers as they come, each behind those before it, and how long it took."""
+    began, tokens, done = time.perf_counter(), 0, 0
+    waiting: dict[int, Answer] = {}
+    for i, result in model.stream_batch(prompts, **settings):
+        waiting[i] = Answer.of(result)
+        while done in waiting:
+            found = waiting.pop(done)
+            sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
+            sys.stdout.flush()
+            tokens, done = tokens + found.tokens, done + 1
+    seconds = time.perf_counter() - began
+    rate = f"{tokens / seconds:.1f} tokens/s, prompts included"
+    click.echo(f"[{counted(done, 'text')}, {tokens} tokens in {seconds:.1f} s, {rate}]", err=True)
