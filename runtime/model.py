@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -304,7 +304,7 @@ class Model:
 
     def stream_batch(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Iterable[Prompt],
         *,
         places: int | None = None,
         chat: bool | None = None,
@@ -324,6 +324,7 @@ class Model:
         if places is not None and not (isinstance(places, int) and places >= 1):
             raise UsageError(f"places is {places!r}: it must be an integer of at least 1")
         options = self.options(**settings)
+        prompts = list(prompts)
         ids = [self.prompt_ids(prompt, chat=chat, think=think) for prompt in prompts]
         context = self._bound().engines.context
         for i, one in enumerate(ids):
@@ -334,7 +335,7 @@ class Model:
 
     def generate_batch(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Iterable[Prompt],
         *,
         places: int | None = None,
         chat: bool | None = None,
@@ -343,7 +344,7 @@ class Model:
     ) -> list[Result]:
         """As :meth:`stream_batch`, all texts in the order of their prompts."""
         found = dict(self.stream_batch(prompts, places=places, chat=chat, think=think, **settings))
-        return [found[i] for i in range(len(prompts))]
+        return [found[i] for i in range(len(found))]
 
     def chat(
         self, *, system: str | None = None, think: bool | None = None, **settings: Unpack[GenerationSettings]

@@ -278,7 +278,7 @@ def test_prompts_of_a_file(answer: Answer, tmp_path: Path) -> None:
     assert all((one["tokens"], one["reason"]) == (20, "length") for one in found)
     assert "[3 texts, 60 tokens in " in done.err
     path = tmp_path / "prompts.jsonl"
-    path.write_text('"hello"\n[{"role": "user", "content": "the cat"}]\n')
+    path.write_text('\ufeff"hello"\n[{"role": "user", "content": "the cat"}]\n')
     done = answer("--prompts", path)
     assert [json.loads(line)["text"] for line in done.out.splitlines()] == [one["text"] for one in found[:2]]
 
@@ -290,6 +290,8 @@ def test_prompts_of_a_file(answer: Answer, tmp_path: Path) -> None:
         ("a.txt", b"\xff", (), "not UTF-8"),
         ("a.txt", b"hi", ("-p", "hi"), "one of the two"),
         ("a.jsonl", b'"a"\n{"b": 1}', (), "a.jsonl, line 2"),
+        ("a.jsonl", b'"a"\n[{"role": "user"}]', (), "a.jsonl, line 2: a chat is"),
+        ("a.jsonl", b"[]", (), "a.jsonl, line 1: a chat is"),
         ("a.jsonl", b'[{"role": "user", "content": "a"}]', ("--system", "b"), "prompt 1 is a list"),
         ("nowhere/a.txt", None, (), "nowhere"),
     ],

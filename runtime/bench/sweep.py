@@ -66,8 +66,9 @@ class Case:
 class Row:
     """What one case reads a step and gave, all texts together; bytes are means over the new tokens.
 
-    ``floor`` is the tokens a second at which these bytes pass at the copy bandwidth, weights once a step for all texts,
-    and ``share`` how much of it was reached; ``over_one``: a step's time over that of one text, where it ran too.
+    ``floor`` is the tokens a second at which these bytes pass at the copy bandwidth, weights once a step for all texts
+    or, where they take turns, for each, and ``share`` how much of it was reached; ``over_one``: a step's time over that
+    of one text, where it ran too.
     ``decoded`` is None where the case did not run, for the reason in ``skipped``.
     """
 
@@ -88,15 +89,19 @@ class Row:
     @property
     def token_bytes(self) -> float | None:
         """Weights, and keys and values, that a step reads for each of its tokens."""
-        if self.decoded is None:
-            return None
-        return (self.weight_bytes + self.decoded.cache_bytes) / self.case.batch
+        return None if self.decoded is None else _token_bytes(self.weight_bytes, self.decoded, self.case.batch)
 
     @property
     def fault(self) -> str | None:
         """What is wrong with its numbers, in words."""
         fault = self.decoded and self.decoded.check.fault
         return f"{self.case.name}: {fault}" if fault else None
+
+
+def _token_bytes(weight_bytes: int, decoded: Decoded, texts: int) -> float:
+    """Texts that take turns read the weights once each."""
+    passes = 1 if decoded.batch_fallback is None else texts
+    return (passes * weight_bytes + decoded.cache_bytes) / texts
 
 
 @dataclass(frozen=True)
@@ -278,8 +283,10 @@ class _Measuring:
     def _why_not(self, case: Case) -> str | None:
         if not 1 <= case.batch <= MOST_TEXTS:
             return f"batch {case.batch}: 1 to {MOST_TEXTS} texts at a time"
-        most, wanted = self._variant.spec.context, case.depth + self._load.prompt + self._load.new
-        return f"depth {case.depth}: {wanted} tokens, and the model was made for {most}" if wanted > most else None
+        most, load = self._variant.spec.context, self._load
+        if case.depth + load.prompt + load.new <= most:
+            return None
+        return f"depth {case.depth}, a prompt of {load.prompt}, {load.new} new tokens: the model was made for {most}"
 
     def _ready(self) -> tuple[Weights, Bound]:
         if self._bound is None:
@@ -297,7 +304,7 @@ class _Measuring:
         return decode(weights, bound.decoder, self._device, self._load, case.depth, case.batch)
 
     def _row(self, case: Case, decoded: Decoded | None, skipped: str | None) -> Row:
-        floor = case.batch * self._on.copy / (self._weight_bytes + decoded.cache_bytes) if decoded else None
+        floor = self._on.copy / _token_bytes(self._weight_bytes, decoded, case.batch) if decoded else None
         alone = self._alone.get(case.depth)
         bound = self._bound and self._bound[1]
         step_fallback = self._device.step_fallback(bound.decoder) if bound else None

@@ -338,7 +338,7 @@ def test_several_prompts(model):
     """Each as it is by itself; with a seed of its own."""
     prompts = ["Once upon", "There was a very long", "x"]
     alone = [model.generate(prompt, max_tokens=9) for prompt in prompts]
-    together = model.generate_batch(prompts, max_tokens=9)
+    together = model.generate_batch(iter(prompts), max_tokens=9)
     assert [one.text for one in together] == [one.text for one in alone]
     assert [one.finish.tokens for one in together] == [one.finish.tokens for one in alone]
     drawn = {"temperature": 1.0, "max_tokens": 9}

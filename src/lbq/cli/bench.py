@@ -75,9 +75,11 @@ def bench(
     from lbq.runtime.devices import find_device, set_threads
 
     _check_files(picture, peers, gguf)
-    depths, batches = (number_list(text, o, "0,4096") for text, o in ((depth, "--depth"), (batch, "--batch")))
-    if peers and (sampled or 0 not in depths):
-        raise UsageError("--peers decode greedily, with nothing before the prompt: no --sampled, and 0 in --depth")
+    depths, batches = number_list(depth, "--depth", "0,4096"), number_list(batch, "--batch", "1,2,4")
+    if peers and (sampled or 0 not in depths or 1 not in batches):
+        raise UsageError(
+            "--peers decode one text greedily, with nothing before the prompt: no --sampled, 0 in --depth, 1 in --batch"
+        )
     if threads is not None:
         set_threads(threads)
     where = stepping(find_device(device, exact=False, kv_cache=kv_cache), fused)
@@ -87,10 +89,11 @@ def bench(
     with ExitStack() as stack:
         subject = find_subject(artifact, shape, bits, groups, stack)
         report, error = run(subject.name, subject.variants, where, load, depths, batches, _say)
-    if error is None and peers:
+    measured = any(row.decoded for row in report.rows)
+    if error is None and peers and measured:
         found, error = _peers(subject, load, where.device, gguf)
         report = replace(report, peers=found)
-    if any(row.decoded for row in report.rows):
+    if measured:
         try:
             print_json(report) if as_json else print_report(report, as_markdown)
         finally:  # whether or not somebody reads the table

@@ -39,7 +39,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises StorageError and DataError for the file, UsageError where there is no prompt in it.
     """
     try:
-        lines = read_bytes(path).decode().split("\n")
+        lines = read_bytes(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
     found = [(i, line.removesuffix("\r")) for i, line in enumerate(lines, 1) if line.strip()]
@@ -47,8 +47,16 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise UsageError(f"{path}: there is no prompt in it, one a line")
     if path.suffix != ".jsonl":
         return [line for _, line in found]
+    return [_prompt(line, f"{path}, line {i}") for i, line in found]
+
+
+def _prompt(line: str, where: str) -> Prompt:
     kind: Any = str | list[dict[str, str]]
-    return [decode(line.encode(), kind, f"{path}, line {i}") for i, line in found]
+    prompt: Prompt = decode(line.encode(), kind, where)
+    whole = isinstance(prompt, str) or (prompt and all({"role", "content"} <= message.keys() for message in prompt))
+    if not whole:
+        raise DataError(f"{where}: a chat is a list of at least one message, each with a role and a content")
+    return prompt
 
 
 def with_system(prompts: Sequence[Prompt], system: str | None) -> list[Prompt]:

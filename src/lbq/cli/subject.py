@@ -65,7 +65,7 @@ def find_subject(
     from lbq.runtime.bench.sweep import artifact_variant, shape_variants
 
     if (artifact is None) == (shape is None):
-        raise UsageError("give an ARTIFACT, or --shape NAME for random weights")
+        raise UsageError("give an ARTIFACT, or --shape NAME for random weights: one of the two")
     if shape is not None:
         widths = number_list("4" if bits is None else bits, "--bits", "3,4,8")
         chosen = () if groups is None else group_list(groups)
