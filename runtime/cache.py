@@ -10,7 +10,18 @@ import torch
 from lbq.runtime.turn import Turn
 
 FIRST_CAPACITY = 512
+PACKED = (torch.int8, torch.uint8)  # types of caches in few bits: 8 and 4
 TINY = 1e-30  # the least scale: it has a logarithm and an inverse
+
+
+def width_of(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements of ``dtype`` that a key takes."""
+    return head_dim // 2 if dtype == torch.uint8 else head_dim
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """What keys and values of a cache of ``dtype`` are: float16, float32, int8, int4."""
+    return "int4" if dtype == torch.uint8 else str(dtype).removeprefix("torch.")
 
 
 class MixerState(Protocol):
@@ -34,7 +45,9 @@ class KVCache:
     multiplied by zero, and zero times NaN is NaN.
 
     As int8, every key and every value of a head has a scale of its own, its largest magnitude / 127: ``scales`` float32
-    [2, kv_heads, capacity], else None; and keys are turned first, by ``turn``.
+    [2, kv_heads, capacity], else None; and keys are turned first, by ``turn``. As uint8 they have four bits each,
+    [2, kv_heads, capacity, head_dim / 2], codes from −7 to 7 under a scale: a byte has element d, plus 8, in its low
+    nibble and element head_dim / 2 + d in its high one; values are turned too, by signs alone.
     """
 
     def __init__(
@@ -51,10 +64,10 @@ class KVCache:
         """``turn``: of int8 keys; by default one that knows nothing of them."""
         self.context = context
         capacity = context if fixed else min(context, FIRST_CAPACITY)
-        self.kv = torch.zeros(2, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.kv = torch.zeros(2, kv_heads, capacity, width_of(head_dim, dtype), dtype=dtype, device=device)
         self.scales: torch.Tensor | None = None
         self.turn: Turn | None = None
-        if dtype == torch.int8:
+        if dtype in PACKED:
             self.turn = turn or Turn.plain(kv_heads, head_dim, device)
             self.scales = torch.zeros(2, kv_heads, capacity, dtype=torch.float32, device=device)
 
@@ -76,7 +89,7 @@ class KVCache:
         """Keys and values of T tokens, float [T, 2 · kv_heads, head_dim], into T ``slots``: a slice or int64 [T]."""
         entries = new.unflatten(1, (2, -1)).permute(1, 2, 0, 3)
         if self.turn is not None and self.scales is not None:
-            entries, scales = eight(torch.stack((self.turn.turned(entries[0]), entries[1])))
+            entries, scales = packed(entries, self.turn, self.kv.dtype)
             _put(self.scales, slots, scales)
         _put(self.kv, slots, entries)
 
@@ -88,18 +101,34 @@ class KVCache:
         kv = self.kv[:, :, first:stop]
         if self.turn is None or self.scales is None:
             return kv[0], kv[1]
-        kv = kv * self.scales[:, :, first:stop, None]
-        k, v = self.turn.back(kv[0]), kv[1]
+        k, v = opened(kv, self.scales[:, :, first:stop], self.turn)
         return (k.half(), v.half()) if kv.is_cuda else (k, v)
 
     def truncate(self, length: int) -> None:
         """Nothing to do: slots from ``length`` on are written before they are read."""
 
 
-def eight(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors [..., n] as int8 and their scales, float32 [...]."""
-    scales = (x.abs().amax(-1).float() / 127).clamp(min=TINY)
-    return (x / scales.unsqueeze(-1) + 0.5).floor().to(torch.int8), scales
+def packed(new: torch.Tensor, turn: Turn, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [2, kv_heads, T, head_dim] as a cache of ``dtype``, of PACKED, keeps them; and their scales."""
+    keys, values = turn.turned(new[0]), new[1].float()
+    if dtype == torch.uint8:
+        values = values @ turn.signs.float()
+    x = torch.stack((keys, values))
+    scales = (x.abs().amax(-1) / (7 if dtype == torch.uint8 else 127)).clamp(min=TINY)
+    codes = (x / scales.unsqueeze(-1) + 0.5).floor()
+    if dtype == torch.int8:
+        return codes.to(torch.int8), scales
+    low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
+    return low | high << 4, scales
+
+
+def opened(kv: torch.Tensor, scales: torch.Tensor, turn: Turn) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values [kv_heads, T, head_dim] of which :func:`packed` made ``kv``, in the type of ``scales``."""
+    codes = kv if kv.dtype == torch.int8 else torch.cat((kv & 15, kv >> 4), dim=-1).to(torch.int8) - 8
+    keys, values = codes * scales.unsqueeze(-1)
+    if kv.dtype == torch.uint8:
+        values = values @ (turn.signs.to(values.dtype) / turn.size)
+    return turn.back(keys), values
 
 
 def _grown(slots: torch.Tensor, capacity: int) -> torch.Tensor:

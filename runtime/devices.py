@@ -30,8 +30,8 @@ CUDA_SPARE = 1 << 30  # bytes left for prompts' activations, graphs and workspac
 CUDA_CAPABILITY = (8, 0)  # bfloat16 in the tensor cores
 
 
-CacheKind = Literal["auto", "float", "int8"]
-OPENED = "no kernel here reads int8 keys and values: they are all opened for every token"
+CacheKind = Literal["auto", "float", "int8", "int4"]
+KEPT_AS = {"int8": torch.int8, "int4": torch.uint8}  # two to a byte
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class CpuDevice:
 
     def cache_dtype(self, context: int, decoder: Decoder | None = None) -> torch.dtype:  # noqa: ARG002
         """What keys and values are kept as."""
-        return torch.int8 if self.kv_cache == "int8" else torch.float32
+        return KEPT_AS.get(self.kv_cache, torch.float32)
 
     def default_context(self, decoder: Decoder) -> int:
         return decoder.spec.context
@@ -77,7 +77,7 @@ class CpuDevice:
 
     def cache_fallback(self, decoder: Decoder) -> str | None:  # noqa: ARG002
         """Why keys and values are not read as they are kept, or None where they are."""
-        return OPENED if self.kv_cache == "int8" else None
+        return _opened(self.kv_cache)
 
     def step_fallback(self, decoder: Decoder) -> str | None:  # noqa: ARG002
         """Nothing: there is one way to decode."""
@@ -120,9 +120,8 @@ class CudaDevice:
         if self.exact:
             return torch.float32
         long = self.kv_cache == "auto" and context > LONG_CONTEXT and self.fused
-        if self.kv_cache == "int8" or (long and (decoder is None or self._fuses(decoder))):
-            return torch.int8
-        return torch.float16
+        kind = "int8" if long and (decoder is None or self._fuses(decoder)) else self.kv_cache
+        return KEPT_AS.get(kind, torch.float16)
 
     def packed(self, weight: PackedWeight, bias: torch.Tensor | None) -> Linear:
         from lbq.runtime.kernels.cuda import CudaLinear
@@ -146,8 +145,8 @@ class CudaDevice:
 
     def check_context(self, decoder: Decoder, context: int) -> None:
         """Raise DeviceError for a context whose keys and values the memory that is left does not hold."""
-        eight = self.cache_dtype(context, decoder) == torch.int8
-        check_fit(context, partial(self._token_bytes, decoder), _free_bytes(), eight=eight)
+        smaller = {torch.int8: "int4", torch.uint8: None}.get(self.cache_dtype(context, decoder), "int8")
+        check_fit(context, partial(self._token_bytes, decoder), _free_bytes(), smaller)
 
     def prepare(self, nbytes: int) -> None:
         """For so many bytes of weights that are going to be moved: a call for the memory of each of their matrices
@@ -160,11 +159,11 @@ class CudaDevice:
 
     def cache_fallback(self, decoder: Decoder) -> str | None:
         """Why keys and values are not read as they are kept, or None where they are."""
-        return OPENED if self.kv_cache == "int8" and not self._fuses(decoder) else None
+        return None if self._fuses(decoder) else _opened(self.kv_cache)
 
     def _token_bytes(self, decoder: Decoder, context: int) -> int:
-        """Keys and values of a token in all layers, where up to ``context`` are kept; and in int8 a layer's opened
-        ones, which prompts see."""
+        """Keys and values of a token in all layers, where up to ``context`` are kept; and where they are in few bits a
+        layer's opened ones, which prompts see."""
         state = decoder.new_state(BUCKET, dtype=self.cache_dtype(context, decoder), fixed=True)
         opened = max(
             (2 * layer.kv.numel() for layer in state.layers if isinstance(layer, KVCache) and layer.turn), default=0
@@ -243,10 +242,10 @@ def fitting_context(most: int, token_bytes: int, free: int) -> int:
     return min(most, CUDA_CONTEXT, max(fitting, BUCKET))
 
 
-def check_fit(context: int, token_bytes: Callable[[int], int], free: int, *, eight: bool) -> None:
+def check_fit(context: int, token_bytes: Callable[[int], int], free: int, smaller: str | None) -> None:
     """Raise DeviceError for a context that ``free`` bytes do not hold beside the least that prompts and graphs need.
 
-    ``token_bytes``: of a token where so many are kept; ``eight``: whether that is int8 already.
+    ``token_bytes``: of a token where so many are kept; ``smaller``: the kind of cache that takes less, if there is one.
     """
     room = max(0, free - CUDA_SPARE // 2)  # an 8B model takes in prompts with 0.42 GB
     wanted = context * token_bytes(context)
@@ -254,10 +253,20 @@ def check_fit(context: int, token_bytes: Callable[[int], int], free: int, *, eig
         return
     shorter = room // token_bytes(context)
     shorter = min(shorter, room // token_bytes(shorter)) // BUCKET * BUCKET  # short ones may be kept in more bits
-    ways = ([f"--context {shorter}"] if shorter else []) + ([] if eight else ["--kv-cache int8"]) + ["--device cpu"]
+    ways = (
+        ([f"--context {shorter}"] if shorter else [])
+        + ([f"--kv-cache {smaller}"] if smaller else [])
+        + ["--device cpu"]
+    )
     raise DeviceError(
         f"a context of {context} tokens takes {wanted / 1e9:.1f} GB of keys and values, and the GPU has "
         f"{room / 1e9:.1f} GB left beside the weights: try {', or '.join(ways)}"
+    )
+
+
+def _opened(kind: CacheKind) -> str | None:
+    return (
+        f"no kernel here reads {kind} keys and values: they are all opened for every token" if kind in KEPT_AS else None
     )
 
 
@@ -273,10 +282,10 @@ def find_device(name: Literal["auto", "cpu", "cuda"], *, exact: bool, kv_cache: 
     """
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {name}: auto, cpu or cuda")
-    if kv_cache not in ("auto", "float", "int8"):
-        raise UsageError(f"kv_cache {kv_cache}: auto, float or int8")
-    if exact and kv_cache == "int8":
-        raise UsageError("int8 keys and values do not go with float32, which keeps them as they are")
+    if kv_cache not in ("auto", "float", *KEPT_AS):
+        raise UsageError(f"kv_cache {kv_cache}: auto, float, int8 or int4")
+    if exact and kv_cache in KEPT_AS:
+        raise UsageError(f"{kv_cache} keys and values do not go with float32, which keeps them as they are")
     if name == "cpu":
         return CpuDevice(exact, kv_cache=kv_cache)
     if not torch.cuda.is_available():

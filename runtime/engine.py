@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lbq.formats.errors import UsageError
-from lbq.runtime.cache import DecoderState
+from lbq.runtime.cache import PACKED, DecoderState
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.key_units import measure_units
 
@@ -32,7 +32,7 @@ class DecoderEngine:
         self.context = context
         self._decoder = decoder
         self._layers = layers
-        if cache_dtype == torch.int8 and state is None:
+        if cache_dtype in PACKED and state is None:
             measure_units(decoder)
         self._state = state or decoder.new_state(slots or context, dtype=cache_dtype, fixed=slots is not None)
 

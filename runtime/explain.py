@@ -15,6 +15,7 @@ import torch
 from lbq.formats.packing import packed_words
 from lbq.formats.spec import ModelSpec
 from lbq.runtime.binding import KernelUse, unit_names
+from lbq.runtime.cache import name_of
 from lbq.runtime.devices import LONG_CONTEXT, CpuDevice, CudaDevice, Device
 from lbq.runtime.kernels.linear import Matrix
 
@@ -59,7 +60,7 @@ def explain(spec: ModelSpec, uses: Sequence[KernelUse], device: Device) -> Expla
 
 def _on_cpu(uses: Sequence[KernelUse], device: CpuDevice) -> Explanation:
     threads = torch.get_num_threads()
-    kind = str(device.cache_dtype(0)).removeprefix("torch.")
+    kind = name_of(device.cache_dtype(0))
     return Explanation(
         f"CPU, {threads} threads" + (f" ({device.note})" if device.note else ""),
         "kernel by kernel from Python, activations and sums in float32",
@@ -163,9 +164,7 @@ class _OnCuda:
     def _one_attends(self) -> str:
         from lbq.runtime.kernels.attention import Heads
 
-        kind, longer = (
-            str(self._device.cache_dtype(n)).removeprefix("torch.") for n in (LONG_CONTEXT, LONG_CONTEXT + 1)
-        )
+        kind, longer = (name_of(self._device.cache_dtype(n)) for n in (LONG_CONTEXT, LONG_CONTEXT + 1))
         if longer != kind and self._fallback is None:
             kind += f", in {longer} for a context of more than {LONG_CONTEXT} tokens"
         if self._fallback is not None:

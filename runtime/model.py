@@ -18,6 +18,7 @@ from lbq.formats.manifest import QuantizedModule
 from lbq.formats.spec import ModelSpec
 from lbq.runtime.ahead import Job, compiled_ahead, job_for
 from lbq.runtime.binding import Bound, KernelUse, Weights, bind
+from lbq.runtime.cache import name_of
 from lbq.runtime.devices import CacheKind, Device, device_errors, find_device, set_threads
 from lbq.runtime.engines import EnginePool
 from lbq.runtime.explain import Explanation, explain
@@ -63,8 +64,9 @@ class LoadSettings(TypedDict, total=False):
     text, at most the model's; by default the model's on the CPU, where the cache grows as needed, and on a GPU as many
     of at most 8192 as fit its memory. ``strict`` refuses kernels that are not the fast path, and a GPU that is there
     and not used. ``threads`` is torch's number of threads, for the whole process. ``kv_cache="int8"`` keeps keys and
-    values in half the memory of the GPU's float16, a quarter of the CPU's float32, and less exactly; ``"float"`` never
-    does; ``"auto"`` does on a GPU for a ``context`` of more than 8192 tokens.
+    values in half the memory of the GPU's float16, a quarter of the CPU's float32, and less exactly, ``"int4"`` in
+    half of that and far less exactly; ``"float"`` never does; ``"auto"`` keeps them in int8 on a GPU for a ``context``
+    of more than 8192 tokens.
     """
 
     device: Literal["auto", "cpu", "cuda"]
@@ -95,7 +97,7 @@ class ModelWeights(Weights, Protocol):
 class CacheUse:
     """How keys and values are kept; ``fallback``: why they are not read like that, or None where they are."""
 
-    dtype: str  # float16, float32, int8
+    dtype: str  # float16, float32, int8, int4
     fallback: str | None
 
 
@@ -182,7 +184,7 @@ class Model:
             if self._asked_context is not None:
                 self._on.check_context(bound.decoder, context)
             cache = CacheUse(
-                str(self._on.cache_dtype(context, bound.decoder)).removeprefix("torch."),
+                name_of(self._on.cache_dtype(context, bound.decoder)),
                 self._on.cache_fallback(bound.decoder),
             )
             if self._strict and cache.fallback is not None:

@@ -11,6 +11,7 @@ from lbq.formats.manifest import QuantizedModule
 from lbq.formats.packing import packed_words
 from lbq.formats.spec import ModelSpec, Projection
 from lbq.runtime.binding import KernelUse, held_bytes, unit_matrix, unit_names
+from lbq.runtime.cache import PACKED, width_of
 from lbq.runtime.devices import CUDA_CONTEXT, CUDA_SPARE, Device
 from lbq.runtime.kernels.linear import Choice, Matrix
 
@@ -79,5 +80,7 @@ def _stored_bytes(matrix: Matrix) -> int:
 def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Keys and values of a token in all layers, and their scales."""
     mixers = [spec.layer(i).mixer for i in range(len(spec.layers))]
-    scale_bytes = 4 if dtype == torch.int8 else 0
-    return sum(2 * mixer.kv_heads * (mixer.head_dim * dtype.itemsize + scale_bytes) for mixer in mixers)
+    scale_bytes = 4 if dtype in PACKED else 0
+    return sum(
+        2 * mixer.kv_heads * (width_of(mixer.head_dim, dtype) * dtype.itemsize + scale_bytes) for mixer in mixers
+    )

@@ -16,6 +16,7 @@ import torch
 
 import lbq
 from lbq.runtime.attention import AttentionMixer
+from lbq.runtime.cache import name_of
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.key_units import measure_units
@@ -23,7 +24,7 @@ from lbq.runtime.turn import Turn
 
 
 def untouched(decoder: Decoder) -> None:
-    """Keys are rounded as they are."""
+    """Keys are rounded as they are, and values too."""
     for mixer in mixers(decoder):
         shape = mixer.spec.kv_heads, mixer.spec.head_dim
         mixer.turn = Turn(torch.ones(shape), torch.eye(shape[1], dtype=torch.float16), 1)
@@ -71,15 +72,15 @@ def main() -> None:
             text = path.read_text(encoding="utf-8")[: 40 * arguments.tokens]
             ids = model.tokenizer.encode(text, add_special_tokens=True)[: arguments.tokens]
             expected = logits(decoder, ids, torch.float32)
-            for dtype in (torch.int8,):
+            for dtype in (torch.int8, torch.uint8):
                 for way, prepare in WAYS.items():
                     prepare(decoder)
                     got = logits(decoder, ids, dtype)
                     kl = (expected.exp() * (expected - got)).sum(1)
                     same = (expected.argmax(1) == got.argmax(1)).float().mean()
                     print(
-                        f"| {dtype} | {way} | {path.name} | {kl.mean():.1e} | {kl.median():.1e} | {kl.max():.1e} "
-                        f"| {same:.1%} |",
+                        f"| {name_of(dtype)} | {way} | {path.name} | {kl.mean():.1e} | {kl.median():.1e} "
+                        f"| {kl.max():.1e} | {same:.1%} |",
                         flush=True,
                     )
 

@@ -53,13 +53,14 @@ def test_an_answer_and_the_last_lines(answer: Answer) -> None:
     assert "context 100, " in answer("-p", "hello", "--context", "100").err
 
 
-def test_int8_keys_and_values(answer: Answer) -> None:
-    done = answer("-p", "hello", "--temperature", "0", "--kv-cache", "int8")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_keys_and_values_in_few_bits(answer: Answer, kind: str) -> None:
+    done = answer("-p", "hello", "--temperature", "0", "--kv-cache", kind)
     assert done.code == 0
     assert done.out.strip()
-    assert ", keys and values in int8]" in done.err
-    assert "[keys and values  FALLBACK: no kernel here reads int8" in done.err
-    refused = answer("-p", "hello", "--kv-cache", "int8", "--strict")
+    assert f", keys and values in {kind}]" in done.err
+    assert f"[keys and values  FALLBACK: no kernel here reads {kind}" in done.err
+    refused = answer("-p", "hello", "--kv-cache", kind, "--strict")
     assert refused.code != 0
     assert "opened for every token; refused under --strict" in refused.err
 

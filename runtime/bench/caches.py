@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from lbq.runtime.bench.context import Bench
+from lbq.runtime.bench.decode import fill
 from lbq.runtime.cache import KVCache
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.tables import device_table
@@ -16,18 +17,13 @@ from lbq.runtime.kernels.planes import Activations
 
 DEPTHS = (4096, 16384, 32768, 65536, 131072)
 L2_BYTES = 200_000_000  # of caches that a chain reads, so that L2 holds little of what is read next
-KINDS = (torch.float16, torch.int8)
+KINDS = (torch.float16, torch.int8, torch.uint8)
 
 
 def random_cache(bench: Bench, heads: Heads, slots: int, dtype: torch.dtype) -> KVCache:
     """Full of random keys and values."""
     cache = KVCache(heads.kv_heads, heads.dim, slots, dtype=dtype, device=bench.device, fixed=True)
-    if cache.scales is None:
-        cache.kv.normal_()
-    else:
-        cache.kv.random_(-127, 128)
-        cache.scales.uniform_(0.008, 0.024)
-        cache.scales[0] *= heads.dim**0.5  # turned keys are longer
+    fill(cache, slots, torch.Generator(bench.device).manual_seed(3))
     return cache
 
 

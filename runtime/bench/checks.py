@@ -12,7 +12,7 @@ from lbq.runtime.bench.context import GROUP, Bench, Model, put, state_at
 from lbq.runtime.bench.shapes import SHAPES
 from lbq.runtime.bench.tune import shorts
 from lbq.runtime.bench.weights import RandomWeights
-from lbq.runtime.cache import KVCache
+from lbq.runtime.cache import KVCache, name_of, opened
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import CudaEngine
 from lbq.runtime.fused.engine import FusedEngine
@@ -117,6 +117,7 @@ def _attentions(bench: Bench) -> Iterator[Case]:
         for position in positions:
             yield _attended(bench, heads, position, torch.float16, 1e-3, None)
             yield _attended(bench, heads, position, torch.int8, 1e-3, None)
+            yield _attended(bench, heads, position, torch.uint8, 2e-3, None)
             for short in shorts(heads)[: 1 if bench.toy else None]:
                 yield _attended(bench, heads, position, torch.float16, 2e-4, short)
 
@@ -138,10 +139,9 @@ def _attended(bench: Bench, heads: Heads, position: int, dtype: torch.dtype, bou
     q, _, _ = plain_attention.new_entry(qkv, heads, None, None, angles[0][position], angles[1][position])
     k, v = cache.kv[:, :, : position + 1].double()
     if cache.scales is not None and cache.turn is not None:
-        k_scales, v_scales = cache.scales[:, :, : position + 1, None].double()
-        k, v = cache.turn.back(k * k_scales), v * v_scales
+        k, v = opened(cache.kv[:, :, : position + 1], cache.scales[:, :, : position + 1].double(), cache.turn)
     error = relative_error(value(to), plain_attention.attend(q, k, v, heads))
-    kind = str(dtype).removeprefix("torch.") + (f" {short.parts}×{short.block}/{short.warps}" if short else "")
+    kind = name_of(dtype) + (f" {short.parts}×{short.block}/{short.warps}" if short else "")
     return f"attention {heads.kv_heads}×{heads.group}×{heads.dim} {kind} | position {position}", error, bound
 
 

@@ -14,7 +14,7 @@ from lbq.formats.spec import ModelSpec
 from lbq.runtime.bench.memory import Peak
 from lbq.runtime.bench.reference import Check, check, reference_logits, worst
 from lbq.runtime.binding import Weights
-from lbq.runtime.cache import DecoderState, KVCache, MixerState
+from lbq.runtime.cache import DecoderState, KVCache, MixerState, name_of
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.text.batch import Batch
@@ -176,16 +176,21 @@ def hold(engine: Engine, depth: int, seed: int = 3) -> DecoderState:
     for cache in state.layers:
         assert isinstance(cache, KVCache)
         cache.reserve(depth)
-        part = cache.kv[:, :, :depth]
-        if cache.scales is None:
-            part.normal_(generator=random)
-        else:
-            part.random_(-127, 128, generator=random)
-            cache.scales[:, :, :depth].uniform_(0.008, 0.024, generator=random)  # values as large as a normal's
-            assert cache.turn is not None
-            cache.scales[0, :, :depth] *= cache.turn.size**0.5
+        fill(cache, depth, random)
     state.length = depth
     return DecoderState(state.context, state.layers, depth)
+
+
+def fill(cache: KVCache, length: int, random: torch.Generator) -> None:
+    """Random keys and values, as large as a normal's, in the first ``length`` slots."""
+    part = cache.kv[:, :, :length]
+    if cache.scales is None or cache.turn is None:
+        part.normal_(generator=random)
+        return
+    eight = cache.kv.dtype == torch.int8
+    part.random_(*((-127, 128) if eight else (0, 256)), generator=random)
+    scales = cache.scales[:, :, :length].uniform_(*((0.008, 0.024) if eight else (0.12, 0.36)), generator=random)
+    scales[: 1 if eight else 2] *= cache.turn.size**0.5  # what is turned is longer
 
 
 def read_bytes(spec: ModelSpec, state: DecoderState, position: float) -> list[float]:
@@ -199,7 +204,7 @@ def read_bytes(spec: ModelSpec, state: DecoderState, position: float) -> list[fl
 def _dtype(state: DecoderState) -> str:
     cache = state.layers[0]
     assert isinstance(cache, KVCache)
-    return str(cache.kv.dtype).removeprefix("torch.")
+    return name_of(cache.kv.dtype)
 
 
 def _slot_bytes(cache: MixerState) -> float:

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lbq.runtime.attention import CUDA_BACKENDS, AttentionMixer
 from lbq.runtime.bench.context import Bench, Model
 from lbq.runtime.bench.timing import spent
-from lbq.runtime.cache import KVCache
+from lbq.runtime.cache import KVCache, name_of
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.kernels import prompt
 from lbq.runtime.kernels.attention import Cache, Heads, Norms
@@ -84,7 +84,7 @@ def time_prompts(bench: Bench, decoder: Decoder, lengths: Sequence[int]) -> Iter
 
             seconds = spent(bench.device, run, 1 if bench.toy else 5 if tokens <= 2048 else 3)
             rate = _linear_flops(decoder, tokens) / seconds
-            cache = str(dtype).removeprefix("torch.")
+            cache = name_of(dtype)
             yield Timed(tokens, cache, seconds, rate, bf16, _peak(bench) - held)
             del state
 

@@ -43,8 +43,8 @@ def table_of(bench: Bench) -> Table:
             for how in (plan.projecting(role, weight, bench.sms),)
         )
         split, short = plan.splitting(heads, bench.sms), plan.shortening(heads) or Short()
-        eight = plan.splitting(heads, bench.sms, torch.int8)
-        attention = MeasuredHeads(heads.kv_heads, heads.group, heads.dim, split, short, eight)
+        eight, four = (plan.splitting(heads, bench.sms, kind) for kind in (torch.int8, torch.uint8))
+        attention = MeasuredHeads(heads.kv_heads, heads.group, heads.dim, split, short, eight, four)
         table = table.merged(Table(table.gpu, table.capability, table.multiprocessors, made, measured, (attention,)))
     return table
 

@@ -8,7 +8,7 @@ from copy import copy
 import torch
 
 from lbq.formats.errors import DataError
-from lbq.runtime.cache import DecoderState, MixerState
+from lbq.runtime.cache import PACKED, DecoderState, MixerState
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.fused.engine import SEEDS, default_plan
@@ -43,7 +43,7 @@ def _stacked(layer: MixerState, texts: int) -> MixerState:
 
 def several_state(decoder: Decoder, slots: int, texts: int, dtype: torch.dtype) -> DecoderState:
     """Empty caches of several texts: those of one with an axis of texts in front."""
-    if dtype == torch.int8:
+    if dtype in PACKED:
         measure_units(decoder)
     mixers = (layer.mixer for layer in decoder.layers)
     made = (mixer.new_state(slots, dtype=dtype, device=decoder.device, fixed=True) for mixer in mixers)

@@ -69,6 +69,7 @@ class Plan:
     head: Projecting | None = None
     split: Split | None = None
     eight: Split | None = None  # of int8 caches
+    four: Split | None = None  # of those of 4 bits
     short: Short | None = None
     several: Several = Several()
     pdl: bool = False  # programmatic dependent launch, sm_90 on
@@ -89,13 +90,10 @@ class Plan:
     def splitting(self, heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16, texts: int = 1) -> Split:
         """How attention of ``heads`` cuts a cache of ``dtype``; of several texts into fewer parts each, though one may
         be long."""
-        eight = dtype == torch.int8
-        chosen = self.eight if eight else self.split
-        if chosen is None:
-            measured = self.table.heads(heads) if self.table else None
-            if measured is not None:
-                chosen = measured.eight if eight else measured.split
-        chosen = chosen or split_for(heads, sm_count, dtype)
+        name = {torch.int8: "eight", torch.uint8: "four"}.get(dtype, "split")
+        measured = self.table.heads(heads) if self.table else None
+        found: Split | None = getattr(self, name) or getattr(measured, name, None)
+        chosen = found or split_for(heads, sm_count, dtype)
         return replace(chosen, splits=max(1, min(chosen.splits, 2 * chosen.splits // texts)))
 
     def batching(self, role: Role, weight: ArrangedWeight, sm_count: int) -> Batching:

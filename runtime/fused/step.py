@@ -10,6 +10,7 @@ everything else has an axis of texts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -150,8 +151,7 @@ class Attending:
     q_norm: Norms | None
     k_norm: Norms | None
     angles: tuple[torch.Tensor, torch.Tensor]
-    cut: Cut
-    eight: Cut  # of int8 caches
+    cuts: Mapping[int, Cut]  # by the bits of a cache
     short: tuple[Short, Scratch] | None  # None: this way cannot serve these heads
     to: Activations
     whole: torch.Tensor | None = None  # float32 [texts, heads · dim], where a head is no whole blocks of ``to``
@@ -165,7 +165,7 @@ class Attending:
             how, scratch = self.short
             attention.attend_short(*text, scratch, how, to, pdl=pdl)
         else:
-            cut = self.cut if cache.scales is None else self.eight
+            cut = self.cuts[held.bits]
             attention.attend(*text, cut.scratch, cut.split, to, pdl=pdl)
         if self.whole is not None:
             planes.plain(self.whole, self.to, pdl=pdl)
@@ -318,8 +318,8 @@ class FusedStep:
         seen = buffers.activations("seen", out.k, out.weight.bits)
         between = self._entry(layer.mlp_norm, gate_up)
         gated = buffers.activations("gated", down.k, down.weight.bits)
-        kinds = (torch.float16, torch.int8)
-        cut, eight = (self._plan.splitting(heads, self._sms, kind, self._texts) for kind in kinds)
+        kinds = {16: torch.float16, 8: torch.int8, 4: torch.uint8}
+        splits = {bits: self._plan.splitting(heads, self._sms, kind, self._texts) for bits, kind in kinds.items()}
         whole = None if heads.dim % seen.planes.block == 0 or self._texts == 1 else buffers.vector("attended", out.k)
         short = self._plan.shortening(heads)
         return StepLayer(
@@ -330,8 +330,7 @@ class FusedStep:
                 _norms(mixer.q_norm),
                 _norms(mixer.k_norm),
                 self._table(mixer.rotary),
-                Cut(cut, buffers.scratch(heads, cut)),
-                Cut(eight, buffers.scratch(heads, eight)),
+                {bits: Cut(split, buffers.scratch(heads, split)) for bits, split in splits.items()},
                 None if short is None else (short, buffers.scratch(heads, short)),
                 seen,
                 whole,

@@ -76,6 +76,7 @@ class MeasuredHeads(Part, frozen=True):
     split: Split
     short: Short
     eight: Split | None = None  # of int8 caches
+    four: Split | None = None  # of those of 4 bits
 
     def serves(self, heads: Heads) -> bool:
         return (self.kv_heads, self.group, self.dim) == (heads.kv_heads, heads.group, heads.dim)

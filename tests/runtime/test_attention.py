@@ -96,6 +96,23 @@ def test_int8_caches_grow_and_keep_zeros():
     torch.testing.assert_close(cache.held(5, 6)[0], torch.ones(1, 1, 4))
 
 
+def test_two_elements_to_a_byte():
+    """Within half a step of a turned vector, whatever the pieces; half of int8's memory but for the scales."""
+    kv = torch.randn(40, 2 * KV_HEADS, DIM)
+    turn = Turn.of(torch.randn(KV_HEADS, DIM).exp2())
+    cache = KVCache(KV_HEADS, DIM, CONTEXT, dtype=torch.uint8, device=CPU, fixed=False, turn=turn)
+    assert cache.kv.shape[-1] == DIM // 2
+    assert cache.nbytes == 2 * KV_HEADS * cache.kv.shape[2] * (DIM // 2 + 4)
+    cache.put(slice(0, 13), kv[:13])
+    cache.put(slice(13, 40), kv[13:])
+    keys, values = cache.held(0, 40)
+    by_signs = Turn.plain(KV_HEADS, DIM, CPU).turned
+    for held, was, turned in ((keys, kv[:, :KV_HEADS], turn.turned), (values, kv[:, KV_HEADS:], by_signs)):
+        was = turned(was.transpose(0, 1))
+        step = was.abs().amax(-1, keepdim=True) / 7
+        assert bool(((turned(held) - was).abs() <= 0.501 * step).all())
+
+
 @pytest.mark.parametrize("dim", [64, 80, 96, 7])
 def test_turned_keys_are_as_long_and_turn_back(dim):
     turn, keys = Turn.of(torch.randn(2, dim).exp2()), torch.randn(2, 5, dim)

@@ -79,15 +79,15 @@ def test_the_context_that_fits(most, token_bytes, free, context):
 
 
 def test_a_context_that_does_not_fit():
-    check_fit(131072, lambda _: 1 << 16, GB + 131072 * (1 << 16), eight=True)
+    check_fit(131072, lambda _: 1 << 16, GB + 131072 * (1 << 16), None)
     with pytest.raises(
         DeviceError, match=r"131072 tokens takes 17\.2 GB .* has 8\.0 GB left .* --context 60928, or --kv"
     ):
-        check_fit(131072, lambda _: 1 << 17, 8 * 10**9 + GB // 2, eight=False)
+        check_fit(131072, lambda _: 1 << 17, 8 * 10**9 + GB // 2, "int8")
     with pytest.raises(DeviceError, match=r"0\.0 GB left beside the weights: try --device cpu$"):
-        check_fit(512, lambda _: 1 << 17, 0, eight=True)
+        check_fit(512, lambda _: 1 << 17, 0, None)
     with pytest.raises(DeviceError, match=r"try --context 2816, or --device"):  # where it is short, a token takes more
-        check_fit(20000, lambda n: 2000 if n > 8192 else 4000, 12 * 10**6 + GB // 2, eight=True)
+        check_fit(20000, lambda n: 2000 if n > 8192 else 4000, 12 * 10**6 + GB // 2, None)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -96,6 +96,7 @@ def test_int8_keys_and_values():
     found = find_device("cpu", exact=False, kv_cache="int8")
     assert found.cache_dtype(100) == torch.int8
     assert "opened for every token" in found.cache_fallback(None)
+    assert CudaDevice(False, kv_cache="int4").cache_dtype(100) == torch.uint8
     assert CudaDevice(False).cache_dtype(8192) == torch.float16
     assert CudaDevice(False).cache_dtype(8193) == torch.int8
     assert CudaDevice(False, fused=False).cache_dtype(8193) == torch.float16
@@ -105,8 +106,8 @@ def test_int8_keys_and_values():
     assert CpuDevice(False).cache_fallback(None) is None
     with pytest.raises(UsageError, match="do not go with float32"):
         find_device("cpu", exact=True, kv_cache="int8")
-    with pytest.raises(UsageError, match="kv_cache int4: auto, float or int8"):
-        find_device("cpu", exact=False, kv_cache="int4")
+    with pytest.raises(UsageError, match="kv_cache int2: auto, float, int8 or int4"):
+        find_device("cpu", exact=False, kv_cache="int2")
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,14 @@ def test_agrees_with_the_present_engine(make_tiny, reference_kernels):
         assert int(new.argmax()) == int(today.argmax())
 
 
-def test_int8_keys_and_values(make_tiny, reference_kernels):
-    """Against float32 on the same int8 cache; the new token's own entry is int8 before it is looked at."""
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_keys_and_values_in_few_bits(make_tiny, reference_kernels, dtype):
+    """Against float32 on the same cache; the new token's own entry is rounded before it is looked at."""
     weights = make_tiny("qwen3-qk-norm", **SMALL).weights
     engine = FusedEngine(
-        bind(weights, Kernels()).decoder, CONTEXT, cache_dtype=torch.int8, plan=PLANS["whole"], graphs=not INTERPRETED
+        bind(weights, Kernels()).decoder, CONTEXT, cache_dtype=dtype, plan=PLANS["whole"], graphs=not INTERPRETED
     )
-    reference = DecoderEngine(bind(weights, reference_kernels).decoder, CONTEXT, cache_dtype=torch.int8, slots=CONTEXT)
+    reference = DecoderEngine(bind(weights, reference_kernels).decoder, CONTEXT, cache_dtype=dtype, slots=CONTEXT)
     reference.prefill(IDS[:PROMPT])
     for to, layer in zip(engine._state.layers, reference._state.layers, strict=True):
         to.kv.copy_(layer.kv)
@@ -111,7 +112,10 @@ def test_int8_keys_and_values(make_tiny, reference_kernels):
     for token in IDS[PROMPT : PROMPT + (1 if INTERPRETED else 10)]:
         assert divergence(reference.decode(token), engine.decode(token)) <= 1e-3
     got, expected = engine._state.layers[0], reference._state.layers[0]
-    assert int((got.kv[:, :, PROMPT].cpu().int() - expected.kv[:, :, PROMPT].int()).abs().max()) <= 1
+    codes = [cache.kv[:, :, PROMPT].cpu().int() for cache in (got, expected)]
+    if dtype == torch.uint8:
+        codes = [torch.stack((code & 15, code >> 4)) for code in codes]
+    assert int((codes[0] - codes[1]).abs().max()) <= 1
 
 
 @pytest.mark.parametrize("plan", ["shared", "apart"])

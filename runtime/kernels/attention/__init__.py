@@ -8,6 +8,7 @@ import torch
 from triton import next_power_of_2
 
 from lbq.formats.spec import Attention
+from lbq.runtime.kernels.attention import packed
 from lbq.runtime.kernels.attention import short as short_kernel
 from lbq.runtime.kernels.attention import triton as kernels
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
@@ -71,7 +72,10 @@ class Split:
 
 def split_for(heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16) -> Split:
     """A program for each multiprocessor, once a text is long enough to keep them busy, each with two blocks under way,
-    64 kB at heads of 128: what 99 kB of shared memory hold."""
+    64 kB at heads of 128: what 99 kB of shared memory hold. At 4 bits blocks take half of that: two programs."""
+    if dtype == torch.uint8:
+        splits = max(1, min(64, next_power_of_2(2 * sm_count // heads.kv_heads + 1) // 2))
+        return Split(splits, 128, 128, stages=3, warps=4 if heads.dim > 64 else 2)  # warps share a quarter of a head
     splits = max(1, min(64, sm_count // heads.kv_heads))
     block = 128 if dtype == torch.int8 else 64
     return Split(splits, block, block, stages=3)
@@ -107,14 +111,19 @@ class Norms:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values [2, kv_heads, slots, dim] in 16 bits; or as int8, ``scales`` float32 [2, kv_heads, slots].
+    """Keys and values [2, kv_heads, slots, dim] in 16 bits; or as :class:`lbq.runtime.cache.KVCache` keeps few bits.
 
-    Of several texts there is one more axis before these. int8 keys are turned by ``turn``.
+    Of several texts there is one more axis before these.
     """
 
     kv: torch.Tensor
-    scales: torch.Tensor | None = None
+    scales: torch.Tensor | None = None  # float32 [2, kv_heads, slots]
     turn: Turn | None = None
+
+    @property
+    def bits(self) -> int:
+        """Of an element: 16, 8 or 4."""
+        return {torch.int8: 8, torch.uint8: 4}.get(self.kv.dtype, 16)
 
 
 @dataclass(frozen=True)
@@ -167,9 +176,10 @@ def writes_planes(heads: Heads, block: int) -> bool:
     return bool((heads.group if whole else 1) * heads.dim % block == 0)
 
 
-def _together(heads: Heads, split: Split) -> int:
+def _together(heads: Heads, split: Split, bits: int) -> int:
     """Parts that a merge adds at once: 32 elements of them a thread."""
-    most = 32 * 32 * split.warps // next_power_of_2(heads.group) // next_power_of_2(heads.dim)
+    rows = max(16 if bits == 4 else 1, next_power_of_2(heads.group))
+    most = 32 * 32 * split.warps // rows // next_power_of_2(heads.dim)
     return int(min(next_power_of_2(split.splits), max(1, most)))
 
 
@@ -201,10 +211,7 @@ def attend(
     _check(qkv, heads, angles, position, cache, to)
     texts = position.numel()
     assert scratch.parts.shape == (texts, heads.kv_heads, split.splits, heads.group, heads.dim)
-    eight = cache.scales is not None
-    assert cache.kv.dtype == torch.int8 if eight else cache.kv.dtype in (torch.float16, torch.bfloat16)
-    assert eight == (cache.turn is not None)
-    kernels.attend[(split.splits * heads.kv_heads, texts)](
+    before = (
         qkv,
         qkv if q_norm is None else q_norm.weight,
         qkv if k_norm is None else k_norm.weight,
@@ -212,26 +219,33 @@ def attend(
         sin,
         position,
         cache.kv,
-        qkv if cache.scales is None else cache.scales,
-        qkv if cache.turn is None else cache.turn.units,
-        qkv if cache.turn is None else cache.turn.signs,
-        scratch.parts,
-        scratch.peaks,
-        scratch.sums,
-        scratch.counters,
-        *_outputs(to),
-        slots,
-        SPLITS=split.splits,
-        LEAST=split.least,
-        BLOCK=split.block,
-        STAGES=split.stages,
-        AHEAD=split.ahead or split.least,
-        EIGHT=eight,
-        SIZE=1 if cache.turn is None else cache.turn.size,
-        TOGETHER=_together(heads, split),
-        EMULATE=INTERPRETED,
-        num_warps=split.warps,
+    )
+    behind = (scratch.parts, scratch.peaks, scratch.sums, scratch.counters, *_outputs(to), slots)
+    options = {
+        "SPLITS": split.splits,
+        "LEAST": split.least,
+        "BLOCK": split.block,
+        "STAGES": split.stages,
+        "AHEAD": split.ahead or split.least,
+        "TOGETHER": _together(heads, split, cache.bits),
+        "num_warps": split.warps,
         **_constants(heads, q_norm, k_norm, to, pdl),
+    }
+    grid = (split.splits * heads.kv_heads, texts)
+    if cache.scales is None:
+        kernels.attend[grid](*before, *behind, **options)
+        return
+    assert cache.turn is not None
+    packed.attend_packed[grid](
+        *before,
+        cache.scales,
+        cache.turn.units,
+        cache.turn.signs,
+        *behind,
+        BITS=cache.bits,
+        SIZE=cache.turn.size,
+        EMULATE=INTERPRETED,
+        **options,
     )
 
 
@@ -326,8 +340,9 @@ def _check(
     assert qkv.shape[-1] == heads.width
     assert qkv.numel() == texts * heads.width
     assert qkv.dtype == torch.float32
-    assert cache.kv.shape[-4:] == (2, heads.kv_heads, slots, heads.dim)
-    assert cache.kv.numel() == texts * 2 * heads.kv_heads * slots * heads.dim
+    width = heads.dim // 2 if cache.bits == 4 else heads.dim
+    assert cache.kv.shape[-4:] == (2, heads.kv_heads, slots, width)
+    assert cache.kv.numel() == texts * 2 * heads.kv_heads * slots * width
     assert cache.kv.is_contiguous()
     assert cos.shape == sin.shape == (cos.shape[0], heads.rope_dims // 2)
     assert cos.shape[0] >= slots

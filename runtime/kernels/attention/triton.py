@@ -18,21 +18,6 @@ from lbq.runtime.kernels.gemv.triton import call, store_planes
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(float("-inf"))
-_INFINITY = tl.constexpr(float("inf"))
-_TINY = tl.constexpr(1e-30)
-# Of two pairs of int8 the first and the second ones as float16: a byte with its sign bit turned, under the exponent of
-# 1024, is 1152 + its value.
-_OPEN_PAIRS = tl.constexpr("""
-{
-.reg .b32 offset;
-mov.b32 offset, 0x64806480;
-lop3.b32 $0, $2, 0x00FF00FF, offset, 0x6A;
-prmt.b32 $1, $2, 0, 0x4341;
-xor.b32 $1, $1, offset;
-sub.f16x2 $0, $0, offset;
-sub.f16x2 $1, $1, offset;
-}
-""")
 
 
 @triton.jit
@@ -78,61 +63,23 @@ def head(x_ptr, own, other, cos, sin, d, mask, D: tl.constexpr, DIMS: tl.constex
 
 
 @triton.jit
-def _scale(x):
-    """The scales of rows as int8, |x| ≤ 127 · scale: [·, 1], above zero, NaN for rows with a NaN or an infinity."""
-    finite = tl.abs(x) < _INFINITY
-    peak = tl.max(tl.where(finite, tl.abs(x), _INFINITY), axis=1, keep_dims=True)
-    return tl.where(peak < _INFINITY, tl.maximum(peak / 127.0, _TINY), float("nan"))
+def part_of(split, position, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr):
+    """How many parts there are, and which tokens are in this one of what is in the cache: the newest is not yet."""
+    begin = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
+    size = (position + SPLITS * BLOCK - begin) // (SPLITS * BLOCK) * BLOCK  # tokens of a part, in whole blocks
+    size = tl.maximum(size, LEAST)
+    start = begin + split * size
+    return (position - begin) // size + 1, start, tl.minimum(start + size, position)
 
 
 @triton.jit
-def eight(x):
-    """Rows as int8 and their scales: [·, 1]."""
-    scale = _scale(x)
-    return tl.floor(x / scale + 0.5).to(tl.int8), scale
-
-
-@triton.jit
-def _eight_twice(x):
-    """Rows as two planes of int8 and their scales: x = scale · (254 · first + second), to 2⁻¹⁶ of a row's largest."""
-    scale = _scale(x)
-    x = x / scale
-    first = tl.floor(x + 0.5)
-    second = tl.floor((x - first) * 254.0 + 0.5)
-    return first.to(tl.int8), second.to(tl.int8), scale / 254.0
-
-
-@triton.jit
-def _open_pairs(pairs, EMULATE: tl.constexpr):
-    """The low and the high bytes of int16 as float16, two at a time: one by one would take longer than reading them."""
-    if EMULATE:
-        low = ((pairs << 8) >> 8).to(tl.float16)
-        high = (pairs >> 8).to(tl.float16)
-    else:
-        low, high = tl.inline_asm_elementwise(
-            _OPEN_PAIRS, "=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
-        )
-    return low, high
-
-
-@triton.jit
-def _log2(x, EMULATE: tl.constexpr):
-    """By one instruction, to 2⁻²²."""
-    if EMULATE:
-        y = tl.log2(x)
-    else:
-        y = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return y
-
-
-@triton.jit
-def _inside(there, d, D: tl.constexpr, DP: tl.constexpr):
+def inside(there, d, D: tl.constexpr, DP: tl.constexpr):
     """Which elements ``d`` of tokens that are ``there`` are a head's."""
     return there if D == DP else there & (d < D)
 
 
 @triton.jit
-def _soften(scores, there, worth, weights, peak):
+def soften(scores, there, worth, weights, peak):
     """A block's scores [GP, BLOCK] in a running softmax (Milakov & Gimelshein 2018): p, what tokens weigh so far, by
     what the old shrink, and the new peak; a token weighs its p times its ``worth``."""
     scores = tl.where(there[None, :], scores, _LOWEST)
@@ -151,9 +98,6 @@ def attend(
     sin_ptr,
     position_ptr,
     kv_ptr,
-    kv_scale_ptr,
-    units_ptr,
-    signs_ptr,
     part_ptr,
     peak_ptr,
     sum_ptr,
@@ -174,131 +118,80 @@ def attend(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
-    EIGHT: tl.constexpr,
-    SIZE: tl.constexpr,
     TOGETHER: tl.constexpr,
     C_OUT: tl.constexpr,
     XC_OUT: tl.constexpr,
     FOLD_OUT: tl.constexpr,
     SIZE_OUT: tl.constexpr,
     PDL: tl.constexpr,
-    EMULATE: tl.constexpr,
 ):
     """The attention of the token at ``position``, from its raw q, k and v to the planes of the output projection.
 
     qkv float32 [(KV_HEADS·G + 2·KV_HEADS)·D]; norms float32 [D], Q_EPS and K_EPS None where there are none; cos and sin
-    float32 [≥ position + 1, DIMS/2]; the cache kv [2, KV_HEADS, SLOTS, D], a 16-bit float type, or if EIGHT int8 with
-    kv_scale float32 [2, KV_HEADS, SLOTS], its keys over units float32 [KV_HEADS, D] and times signs float16 [D, D], of
-    which each is a sum of SIZE; slot ``position`` is written. WINDOW: tokens that are seen, or 0. With PDL the first
-    AHEAD tokens of a part are called into L2.
-    An int8 key times q, which is two planes of int8, is an exact integer. A value's scale joins its score's exponent:
-    sums of p · code are then in float16's range whatever the scales, and p / scale is what it weighs.
+    float32 [≥ position + 1, DIMS/2]; the cache kv [2, KV_HEADS, SLOTS, D], a 16-bit float type; slot ``position`` is
+    written. WINDOW: tokens that are seen, or 0. With PDL the first AHEAD tokens of a part are called into L2.
     Scratch: part float32 [KV_HEADS, SPLITS, G, D], peak and sum [KV_HEADS, SPLITS, G], arrivals int32 [KV_HEADS], zero
     and left so. All of these have a row for each text. Where C_OUT is 0, s_out takes the result, float32
     [KV_HEADS·G·D], in place of planes. The launch is of SPLITS × KV_HEADS programs a text whatever the position; parts
     have at least LEAST tokens, so that a short text leaves some programs nothing to do.
     """
     let_in(PDL, True)
-    KIND: tl.constexpr = tl.float16 if EIGHT else kv_ptr.dtype.element_ty
+    KIND: tl.constexpr = kv_ptr.dtype.element_ty
     GP: tl.constexpr = 16 if G < 16 else triton.next_power_of_2(G)
-    DP: tl.constexpr = 32 if EIGHT and D < 32 else triton.next_power_of_2(D)
+    DP: tl.constexpr = triton.next_power_of_2(D)
     h = tl.program_id(0) % KV_HEADS
     split = tl.program_id(0) // KV_HEADS
     text = tl.program_id(1)
     qkv_ptr += text * ((G + 2) * KV_HEADS * D)
     kv_ptr += text.to(tl.int64) * (2 * KV_HEADS * D) * SLOTS
-    kv_scale_ptr += text.to(tl.int64) * (2 * KV_HEADS) * SLOTS
     part_ptr += text * (KV_HEADS * SPLITS * G * D)
     peak_ptr += text * (KV_HEADS * SPLITS * G)
     sum_ptr += text * (KV_HEADS * SPLITS * G)
     position = tl.load(position_ptr + text).to(tl.int32)
-    begin = tl.maximum(position + 1 - WINDOW, 0) if WINDOW else 0
-    size = (position + SPLITS * BLOCK - begin) // (SPLITS * BLOCK) * BLOCK  # tokens of a part, in whole blocks
-    size = tl.maximum(size, LEAST)
-    parts = (position - begin) // size + 1
+    parts, start, stop = part_of(split, position, WINDOW, SPLITS, BLOCK, LEAST)
     if split >= parts:
         return
-    start = begin + split * size
-    stop = tl.minimum(start + size, position)  # of what is in the cache: the new token is at hand
     k_slot = h.to(tl.int64) * SLOTS
     v_slot = (KV_HEADS + h).to(tl.int64) * SLOTS
     if PDL:  # what earlier steps cached can be on its way while the projection before this is at work
-        WIDTH: tl.constexpr = D if EIGHT else 2 * D  # bytes of a token
-        used = tl.maximum(stop - start, 1) * WIDTH
-        call(kv_ptr + (k_slot + start) * D, used, AHEAD * WIDTH)
-        call(kv_ptr + (v_slot + start) * D, used, AHEAD * WIDTH)
+        used = tl.maximum(stop - start, 1) * (2 * D)
+        call(kv_ptr + (k_slot + start) * D, used, AHEAD * (2 * D))
+        call(kv_ptr + (v_slot + start) * D, used, AHEAD * (2 * D))
     g = tl.arange(0, GP)[:, None]
     d = tl.arange(0, DP)[None, :]
     own = (g < G) & (d < D)
     cos, sin = angles(cos_ptr + position * (DIMS // 2), sin_ptr + position * (DIMS // 2), d, DIMS)
     wq, wq_other = norm_weights(q_norm_ptr, d, D, DIMS, Q_EPS)
     wk, wk_other = norm_weights(k_norm_ptr, d, D, DIMS, K_EPS)
-    if EIGHT:
-        e = tl.arange(0, DP)[:, None]
-        units = tl.load(units_ptr + h * D + d, mask=d < D, other=1.0)
-        signs = tl.load(signs_ptr + e * D + d, mask=(e < D) & (d < D), other=0.0)
     take_turn(PDL, True)
 
     q = head(qkv_ptr + (h * G + g) * D, wq, wq_other, cos, sin, d, own, D, DIMS, Q_EPS)
     k = head(qkv_ptr + (KV_HEADS * G + h) * D, wk, wk_other, cos, sin, d, d < D, D, DIMS, K_EPS)
     v = tl.load(qkv_ptr + (KV_HEADS * G + KV_HEADS + h) * D + d, mask=d < D, other=0.0)
     newest = split == parts - 1
-    if EIGHT:
-        once = newest & (g == 0)  # k and v stand in all rows
-        q, q_second, q_scale = _eight_twice(tl.dot((q * units).to(KIND), signs) * (SCALE * _LOG2_E / SIZE))
-        k, new_k_scale = eight(tl.dot((k / units + g * 0.0).to(KIND), signs))
-        v, new_v_scale = eight(v + g * 0.0)
-        tl.store(kv_ptr + (k_slot + position) * D + d + g * 0, k, mask=(d < D) & once)
-        tl.store(kv_ptr + (v_slot + position) * D + d + g * 0, v, mask=(d < D) & once)
-        tl.store(kv_scale_ptr + k_slot + position + g * 0, new_k_scale, mask=once)
-        tl.store(kv_scale_ptr + v_slot + position + g * 0, new_v_scale, mask=once)
-        score = tl.sum((q.to(tl.float32) * 254.0 + q_second.to(tl.float32)) * k.to(tl.float32), axis=1, keep_dims=True)
-        score = tl.sum(score * q_scale * new_k_scale + tl.log2(new_v_scale), axis=1)
-        weight = tl.sum(1.0 / new_v_scale, axis=1)
-    else:
-        q = q.to(KIND)
-        k = k.to(KIND)
-        v = v.to(KIND)
-        tl.store(kv_ptr + (k_slot + position) * D + d, k, mask=(d < D) & newest)
-        tl.store(kv_ptr + (v_slot + position) * D + d, v, mask=(d < D) & newest)
-        score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * (SCALE * _LOG2_E)
-        weight = tl.full([GP], 1.0, dtype=tl.float32)
+    q = q.to(KIND)
+    k = k.to(KIND)
+    v = v.to(KIND)
+    tl.store(kv_ptr + (k_slot + position) * D + d, k, mask=(d < D) & newest)
+    tl.store(kv_ptr + (v_slot + position) * D + d, v, mask=(d < D) & newest)
 
     # The newest part begins with the new token; the others with nothing.
+    score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * (SCALE * _LOG2_E)
     peak = tl.where(newest, score, _LOWEST)  # [GP]
     acc = tl.where(newest, v.to(tl.float32), 0.0) + tl.zeros([GP, DP], dtype=tl.float32)
     n = tl.arange(0, BLOCK)
-    weights = tl.where((n == 0)[None, :] & newest, weight[:, None], 0.0) + tl.zeros([GP, BLOCK], dtype=tl.float32)
+    weights = tl.where((n == 0) & newest, 1.0, 0.0)[None, :] + tl.zeros([GP, BLOCK], dtype=tl.float32)
     dk = tl.arange(0, DP)[:, None]
     k_at = kv_ptr + k_slot * D + dk
-    if EIGHT:
-        pair = tl.arange(0, DP // 2)[None, :]
-        v_at = kv_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + v_slot * (D // 2) + pair
-        even, odd = tl.split(acc.reshape(GP, DP // 2, 2))
-        for n0 in tl.range(start, stop, BLOCK, num_stages=STAGES):
-            token = n0 + n
-            there = token < stop
-            keys = tl.load(k_at + token[None, :] * D, mask=_inside(there[None, :], dk, D, DP), other=0)
-            values = tl.load(v_at + token[:, None] * (D // 2), mask=_inside(there[:, None], 2 * pair, D, DP), other=0)
-            k_scale = tl.load(kv_scale_ptr + k_slot + token, mask=there, other=0.0)[None, :]
-            v_scale = tl.load(kv_scale_ptr + v_slot + token, mask=there, other=1.0)[None, :]
-            v_scale = _log2(v_scale, EMULATE)
-            scores = (tl.dot(q, keys) * 254 + tl.dot(q_second, keys)).to(tl.float32) * (q_scale * k_scale) + v_scale
-            p, weights, shrink, peak = _soften(scores, there, tl.exp2(-v_scale), weights, peak)
-            first, second = _open_pairs(values, EMULATE)
-            even = tl.dot(p.to(KIND), first, even * shrink)
-            odd = tl.dot(p.to(KIND), second, odd * shrink)
-        acc = tl.join(even, odd).reshape(GP, DP)
-    else:
-        v_at = kv_ptr + v_slot * D + d
-        for n0 in tl.range(start, stop, BLOCK, num_stages=STAGES):
-            token = n0 + n
-            there = token < stop
-            keys = tl.load(k_at + token[None, :] * D, mask=_inside(there[None, :], dk, D, DP), other=0)
-            values = tl.load(v_at + token[:, None] * D, mask=_inside(there[:, None], d, D, DP), other=0)
-            scores = tl.dot(q, keys) * (SCALE * _LOG2_E)
-            p, weights, shrink, peak = _soften(scores, there, 1.0, weights, peak)
-            acc = tl.dot(p.to(KIND), values, acc * shrink)
+    v_at = kv_ptr + v_slot * D + d
+    for n0 in tl.range(start, stop, BLOCK, num_stages=STAGES):
+        token = n0 + n
+        there = token < stop
+        keys = tl.load(k_at + token[None, :] * D, mask=inside(there[None, :], dk, D, DP), other=0)  # [DP, BLOCK]
+        values = tl.load(v_at + token[:, None] * D, mask=inside(there[:, None], d, D, DP), other=0)  # [BLOCK, DP]
+        scores = tl.dot(q, keys) * (SCALE * _LOG2_E)
+        p, weights, shrink, peak = soften(scores, there, 1.0, weights, peak)
+        acc = tl.dot(p.to(KIND), values, acc * shrink)
 
     at = (h * SPLITS + split) * G
     tl.store(part_ptr + (at + g) * D + d, acc, mask=own)
@@ -307,10 +200,11 @@ def attend(
     tl.store(sum_ptr + at + row, tl.sum(weights, axis=1), mask=row < G)
     if arrived(arrivals_ptr, text * KV_HEADS + h, parts):
         q_at, s_at = out_of_text(text, q_out_ptr, s_out_ptr, KV_HEADS * G * D, C_OUT, XC_OUT, SIZE_OUT)
-        _merge(
+        merge(
             part_ptr,
             peak_ptr,
             sum_ptr,
+            qkv_ptr,
             q_at,
             s_at,
             h,
@@ -318,6 +212,7 @@ def attend(
             KV_HEADS,
             G,
             D,
+            0,
             SPLITS,
             TOGETHER,
             C_OUT,
@@ -328,16 +223,25 @@ def attend(
 
 
 @triton.jit
+def load_signs(signs_ptr, first, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WP: tl.constexpr):
+    """WIDTH columns from ``first`` on of signs float16 [D, D]: [DP, WP], zero past their ends."""
+    e = tl.arange(0, DP)[:, None]
+    d = tl.arange(0, WP)[None, :]
+    return tl.load(signs_ptr + e * D + first + d, mask=(e < D) & (d < WIDTH), other=0.0)
+
+
+@triton.jit
 def out_of_text(text, q_ptr, s_ptr, N: tl.constexpr, C: tl.constexpr, XC: tl.constexpr, SIZE: tl.constexpr):
     """Where the planes of ``text`` and their scales begin, of vectors [N]; where C is 0, the vectors at ``s_ptr``."""
     return q_ptr + text * (2 * (C // 4) * XC), s_ptr + text * (N // SIZE if C > 0 else N)
 
 
 @triton.jit
-def _merge(
+def merge(
     part_ptr,
     peak_ptr,
     sum_ptr,
+    signs_ptr,
     q_out_ptr,
     s_out_ptr,
     h,
@@ -345,6 +249,7 @@ def _merge(
     KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    TURNED: tl.constexpr,
     SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
     C: tl.constexpr,
@@ -352,11 +257,12 @@ def _merge(
     FOLD: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The parts of the heads that share keys ``h`` into planes of whole blocks of SIZE.
+    """The parts of the heads that share keys ``h`` into planes of whole blocks of SIZE. If TURNED, they are times signs
+    and each is a sum of TURNED.
 
     Each load is on its way before any is waited for, as far as TOGETHER parts at a time fit the registers.
     """
-    GP: tl.constexpr = triton.next_power_of_2(G)
+    GP: tl.constexpr = 16 if TURNED and G < 16 else triton.next_power_of_2(G)
     DP: tl.constexpr = triton.next_power_of_2(D)
     part = tl.arange(0, triton.next_power_of_2(SPLITS))[:, None]
     g = tl.arange(0, GP)[None, :]
@@ -379,6 +285,8 @@ def _merge(
     out = tl.sum(out.reshape(TOGETHER, GP, DP), axis=0)
     g = tl.arange(0, GP)[:, None]
     out /= tl.where(g < G, tl.reshape(total, (GP, 1)), 1.0)
+    if TURNED:
+        out = tl.dot(out.to(tl.float16), load_signs(signs_ptr, 0, D, D, DP, DP)) / TURNED
     if C > 0:
         # Where heads are padded, they are whole blocks; else whatever is whole in all of them.
         IN_HEAD: tl.constexpr = 1 if D == DP else D // SIZE

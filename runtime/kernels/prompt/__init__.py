@@ -163,7 +163,7 @@ def heads(
     count = heads.kv_heads * heads.group
     assert y.values.shape == (m, heads.width)
     assert cos.shape == sin.shape == (m, heads.rope_dims // 2)
-    assert held.kv.shape == (2, heads.kv_heads, slots, heads.dim)
+    assert held.bits < 16 or held.kv.shape == (2, heads.kv_heads, slots, heads.dim)
     assert held.kv.is_contiguous()
     assert start + m <= slots
     to, first = held.kv, start
@@ -198,7 +198,7 @@ def heads(
 
 
 def close(new: torch.Tensor, start: int, held: Cache) -> None:
-    """Put keys and values float16 [2, kv_heads, M, dim] into an int8 cache from ``start`` on."""
+    """Put keys and values float16 [2, kv_heads, M, dim] into a cache of few bits from ``start`` on."""
     _, kv_heads, m, dim = new.shape
     assert held.scales is not None
     assert held.turn is not None
@@ -214,6 +214,7 @@ def close(new: torch.Tensor, start: int, held: Cache) -> None:
         held.kv.shape[2],
         KV_HEADS=kv_heads,
         D=dim,
+        BITS=held.bits,
         BM=block,
         num_warps=4,
     )
@@ -222,7 +223,7 @@ def close(new: torch.Tensor, start: int, held: Cache) -> None:
 def attend(q: torch.Tensor, heads: Heads, start: int, held: Cache) -> torch.Tensor:
     """softmax(scale · q · kᵀ) · v of tokens ``start``, … which the cache holds, as ``q`` [M, heads · dim].
 
-    Of an int8 cache they see a copy in float16: opening it for every 128 of them would take as long as the products.
+    Of a cache of few bits they see a copy in float16: opening it for every 128 tokens takes as long as the products.
     """
     m = q.shape[0]
     if held.scales is not None:
@@ -255,8 +256,9 @@ def attend(q: torch.Tensor, heads: Heads, start: int, held: Cache) -> torch.Tens
 
 
 def opened(held: Cache, stop: int) -> Cache:
-    """The first ``stop`` slots of an int8 cache in float16."""
-    _, kv_heads, slots, dim = held.kv.shape
+    """The first ``stop`` slots of a cache of few bits in float16."""
+    _, kv_heads, slots, width = held.kv.shape
+    dim = width * 8 // held.bits
     assert held.scales is not None
     assert held.turn is not None
     out = torch.empty((2, kv_heads, stop, dim), dtype=torch.float16, device=held.kv.device)
@@ -271,6 +273,7 @@ def opened(held: Cache, stop: int) -> Cache:
         slots,
         KV_HEADS=kv_heads,
         D=dim,
+        BITS=held.bits,
         SIZE=held.turn.size,
         BS=block,
         num_warps=4,

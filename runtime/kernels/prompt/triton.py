@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lbq.runtime.kernels.attention.triton import eight
+from lbq.runtime.kernels.attention.packed import eight, four, nibbles
+from lbq.runtime.kernels.attention.triton import load_signs
 from lbq.runtime.kernels.planes.triton import activate
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -176,58 +177,78 @@ def heads(
         tl.store(kv_ptr + slot[:, None] * D + d, x.to(kv_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _turn(x, signs_ptr, d, D: tl.constexpr, DP: tl.constexpr):
-    """Rows [·, D] times signs float16 [D, D], in float32."""
-    e = tl.arange(0, DP)[:, None]
-    signs = tl.load(signs_ptr + e * D + d, mask=(e < D) & (d < D), other=0.0)
-    return tl.dot(x.to(tl.float16), signs)
-
-
 @triton.jit(do_not_specialize=["M", "START", "SLOTS"])
 def close(
     x_ptr, units_ptr, signs_ptr, kv_ptr, kv_scale_ptr, M, START, SLOTS, KV_HEADS: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr,
+    BITS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values x [2, KV_HEADS, M, D] into a cache of int8 from START on: BM tokens of a head a program.
+    """Keys and values x [2, KV_HEADS, M, D] into a cache of BITS bits from START on: BM tokens of a head a program.
 
-    See ``attention.triton.attend`` for how it keeps them.
+    See ``attention.packed.attend_packed`` for how it keeps them.
     """
     DP: tl.constexpr = triton.next_power_of_2(D)
+    W: tl.constexpr = D * BITS // 8
+    WP: tl.constexpr = DP * BITS // 8
     row = tl.program_id(1)
-    tokens = tl.program_id(0) * BM + tl.arange(0, BM)
+    tokens = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     d = tl.arange(0, DP)[None, :]
-    mask = (tokens < M)[:, None] & (d < D)
-    x = tl.load(x_ptr + (row.to(tl.int64) * M + tokens[:, None]) * D + d, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + (row.to(tl.int64) * M + tokens) * D + d, mask=(tokens < M) & (d < D), other=0.0).to(tl.float32)
     if row < KV_HEADS:
-        x = _turn(x / tl.load(units_ptr + row * D + d, mask=d < D, other=1.0), signs_ptr, d, D, DP)
-    codes, scale = eight(x)
-    slot = row.to(tl.int64) * SLOTS + START + tokens[:, None]
-    tl.store(kv_ptr + slot * D + d, codes, mask=mask)
-    tl.store(kv_scale_ptr + slot, scale, mask=(tokens < M)[:, None])
+        x /= tl.load(units_ptr + row * D + d, mask=d < D, other=1.0)
+    if BITS == 8:
+        if row < KV_HEADS:
+            x = tl.dot(x.to(tl.float16), load_signs(signs_ptr, 0, D, D, DP, DP))
+        codes, scale = eight(x)
+    else:
+        x = x.to(tl.float16)
+        low = tl.dot(x, load_signs(signs_ptr, 0, W, D, DP, WP))
+        low, high, scale = four(low, tl.dot(x, load_signs(signs_ptr, W, W, D, DP, WP)))
+        codes = nibbles(low, high)
+    slot = row.to(tl.int64) * SLOTS + START + tokens
+    w = tl.arange(0, WP)[None, :]
+    tl.store(kv_ptr + slot * W + w, codes, mask=(tokens < M) & (w < W))
+    tl.store(kv_scale_ptr + slot, scale, mask=tokens < M)
 
 
 @triton.jit(do_not_specialize=["STOP", "SLOTS"])
 def open_all(
     kv_ptr, kv_scale_ptr, units_ptr, signs_ptr, out_ptr, STOP, SLOTS, KV_HEADS: tl.constexpr, D: tl.constexpr,
-    SIZE: tl.constexpr, BS: tl.constexpr,
+    BITS: tl.constexpr, SIZE: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """The first STOP slots of a cache of int8 in a 16-bit float type [2, KV_HEADS, STOP, D]: BS slots a program.
+    """The first STOP slots of a cache of BITS bits in a 16-bit float type [2, KV_HEADS, STOP, D]: BS slots a program.
 
-    Sums of SIZE codes are exact, as they are at most 16256 and float16 has the codes.
+    What is turned back is exact until it is scaled: float16 has the codes, and float32 their sums.
     """
     DP: tl.constexpr = triton.next_power_of_2(D)
+    W: tl.constexpr = D * BITS // 8
+    WP: tl.constexpr = DP * BITS // 8
     slot = tl.program_id(0) * BS + tl.arange(0, BS)[:, None]
     d = tl.arange(0, DP)[None, :]
+    w = tl.arange(0, WP)[None, :]
     row = tl.program_id(1)
-    mask = (slot < STOP) & (d < D)
-    x = tl.load(kv_ptr + (row.to(tl.int64) * SLOTS + slot) * D + d, mask=mask, other=0).to(tl.float32)
+    codes = tl.load(kv_ptr + (row.to(tl.int64) * SLOTS + slot) * W + w, mask=(slot < STOP) & (w < W), other=0)
     scale = tl.load(kv_scale_ptr + row.to(tl.int64) * SLOTS + slot, mask=slot < STOP, other=0.0)
+    if BITS == 8:
+        x = codes.to(tl.float32)
+        if row < KV_HEADS:
+            x = tl.dot(codes.to(tl.float16), load_signs(signs_ptr, 0, D, D, DP, DP)) / SIZE
+    else:
+        low = ((codes & 15).to(tl.float32) - 8.0).to(tl.float16)
+        high = ((codes >> 4).to(tl.float32) - 8.0).to(tl.float16)
+        x = tl.dot(low, _rows_of_signs(signs_ptr, 0, W, D, DP, WP))
+        x = tl.dot(high, _rows_of_signs(signs_ptr, W, W, D, DP, WP), x) / SIZE
     if row < KV_HEADS:
-        units = tl.load(units_ptr + row * D + d, mask=d < D, other=1.0)
-        x = _turn(x, signs_ptr, d, D, DP) * (units / SIZE)
+        x *= tl.load(units_ptr + row * D + d, mask=d < D, other=1.0)
     at = out_ptr + (row.to(tl.int64) * STOP + slot) * D + d
-    tl.store(at, (x * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(at, (x * scale).to(out_ptr.dtype.element_ty), mask=(slot < STOP) & (d < D))
+
+
+@triton.jit
+def _rows_of_signs(signs_ptr, first, HEIGHT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr):
+    """HEIGHT rows from ``first`` on of signs float16 [D, D]: [HP, DP], zero past their ends."""
+    e = tl.arange(0, HP)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    return tl.load(signs_ptr + (first + e) * D + d, mask=(e < HEIGHT) & (d < D), other=0.0)
 
 
 @triton.jit

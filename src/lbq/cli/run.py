@@ -57,9 +57,9 @@ CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an ans
 @click.option("--dtype", type=click.Choice(["auto", "float32"]), default="auto", help="float32: exact and slow.")
 @click.option(
     "--kv-cache",
-    type=click.Choice(["auto", "float", "int8"]),
+    type=click.Choice(["auto", "float", "int8", "int4"]),
     default="auto",
-    help="Keys and values: float16 on a GPU and float32 on a CPU, or int8, smaller and less exact; "
+    help="Keys and values: float16 on a GPU and float32 on a CPU, or smaller and less exact; "
     "auto is int8 on a GPU for a --context of more than 8192.",
 )
 @click.option("--threads", type=int, help="CPU threads.")

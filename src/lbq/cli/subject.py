@@ -27,9 +27,9 @@ shape_option = click.option(
 
 kv_cache_option = click.option(
     "--kv-cache",
-    type=click.Choice(["auto", "float", "int8"]),
+    type=click.Choice(["auto", "float", "int8", "int4"]),
     default="auto",
-    help="float: 16 bits on a GPU; int8: half of it, less exact; auto: int8 for more than 8192 tokens on a GPU.",
+    help="float: 16 bits on a GPU; int8, int4: less, and less exact; auto: int8 for more than 8192 tokens on a GPU.",
 )
 
 fused_option = click.option(

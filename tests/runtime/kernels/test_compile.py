@@ -17,7 +17,7 @@ from lbq.runtime.ahead import PROMPTS, Job
 from lbq.runtime.bench.shapes import SHAPES as MODELS
 from lbq.runtime.bench.weights import RandomWeights
 from lbq.runtime.fused.tables import Table, shipped
-from lbq.runtime.kernels.attention import short
+from lbq.runtime.kernels.attention import packed, short
 from lbq.runtime.kernels.attention import triton as attention
 from lbq.runtime.kernels.batch import BatchTile
 from lbq.runtime.kernels.batch import triton as batch
@@ -199,13 +199,13 @@ def _project(
     return _compile(kernel, capability, chosen.warps, types, constants)
 
 
-def _attend(capability: int, group: int, dim: int, *, eight: bool = False, pdl: bool = False) -> Any:
-    pointers = ["qkv", "q_norm", "k_norm", "cos", "sin", "position", "kv", "kv_scale", "units", "signs", "part", "peak"]
-    pointers += ["sum", "arrivals", "q_out", "s_out"]
-    types = {f"{name}_ptr": "*fp32" for name in pointers}
-    types |= {"position_ptr": "*i64", "kv_ptr": "*i8" if eight else "*fp16", "signs_ptr": "*fp16"}
+def _attend(capability: int, group: int, dim: int, *, bits: int = 16, pdl: bool = False) -> Any:
+    kernel = attention.attend if bits == 16 else packed.attend_packed
+    types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= {"position_ptr": "*i64", "kv_ptr": {16: "*fp16", 8: "*i8", 4: "*u8"}[bits]}
     types |= {"arrivals_ptr": "*i32", "q_out_ptr": "*i32", "SLOTS": "i32"}
-    constants = {
+    types |= {"signs_ptr": "*fp16"} if bits < 16 else {}
+    given = {
         "KV_HEADS": 8,
         "G": group,
         "D": dim,
@@ -215,13 +215,13 @@ def _attend(capability: int, group: int, dim: int, *, eight: bool = False, pdl: 
         "Q_EPS": 1e-6,
         "K_EPS": 1e-6,
         "SPLITS": 16,
-        "LEAST": 128 if eight else 64,
-        "BLOCK": 128 if eight else 64,
+        "LEAST": 128 if bits < 16 else 64,
+        "BLOCK": 128 if bits < 16 else 64,
         "STAGES": 3,
         "AHEAD": 64,
-        "EIGHT": eight,
+        "BITS": bits,
         "SIZE": dim & -dim,
-        "TOGETHER": 8,
+        "TOGETHER": 2 if bits == 4 else 8,
         "C_OUT": 8,
         "XC_OUT": plane_columns(8 * group * dim, 4),
         "FOLD_OUT": 0.0625,
@@ -229,7 +229,8 @@ def _attend(capability: int, group: int, dim: int, *, eight: bool = False, pdl: 
         "PDL": pdl,
         "EMULATE": False,
     }
-    return _compile(attention.attend, capability, 4, types, constants)
+    constants = {name: given[name] for name in kernel.arg_names if name in given}
+    return _compile(kernel, capability, 4, types, constants)
 
 
 def _attend_short(capability: int, group: int, dim: int, block: int, warps: int, *, pdl: bool = False) -> Any:
@@ -295,9 +296,9 @@ def test_projections_of_a_fused_step(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capability", SM_COUNTS)
 def test_attention_of_a_fused_step(capability: int, tmp_path: Path) -> None:
-    shapes = [(4, 128, False), (7, 64, False), (1, 96, False), (2, 128, True)]
-    for group, dim, eight in shapes if capability in SOME else shapes[:1]:
-        compiled = _attend(capability, group, dim, eight=eight)
+    shapes = [(4, 128, 16), (7, 64, 16), (1, 96, 16), (2, 128, 8), (4, 128, 4)]
+    for group, dim, bits in shapes if capability in SOME else shapes[:1]:
+        compiled = _attend(capability, group, dim, bits=bits)
         _check(compiled, tmp_path, stack=8)  # what every lane needs once, at the end
         assert "mma.sync" in compiled.asm["ptx"]
         cached = re.findall(
@@ -305,8 +306,8 @@ def test_attention_of_a_fused_step(capability: int, tmp_path: Path) -> None:
         )
         assert cached
         sizes = {int(size, 0) for size in cached}
-        assert sizes == ({4, 16} if eight else {16})  # scales one by one
-        if eight:
+        assert sizes == ({4, 16} if bits < 16 else {16})  # scales one by one
+        if bits < 16:
             assert "mma.sync.aligned.m16n8k32" in compiled.asm["ptx"]
             loop = compiled.asm["ptx"].split("cp.async.wait_group")[1]
             assert "sub.f16x2" in loop
@@ -451,10 +452,11 @@ def test_rows_of_prompts(capability: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", SOME)
-def test_int8_caches_of_prompts(capability: int, tmp_path: Path) -> None:
-    kinds = {"kv_ptr": "*i8", "signs_ptr": "*fp16", "x_ptr": "*fp16", "out_ptr": "*fp16"}
+@pytest.mark.parametrize("bits", [8, 4])
+def test_caches_of_prompts_in_few_bits(bits: int, capability: int, tmp_path: Path) -> None:
+    kinds = {"kv_ptr": {8: "*i8", 4: "*u8"}[bits], "signs_ptr": "*fp16", "x_ptr": "*fp16", "out_ptr": "*fp16"}
     kinds |= dict.fromkeys(("STOP", "SLOTS", "START", "M"), "i32")
-    given = {"KV_HEADS": 8, "D": 128, "SIZE": 128, "BM": 16, "BS": 32}
+    given = {"KV_HEADS": 8, "D": 128, "BITS": bits, "SIZE": 128, "BM": 16, "BS": 32}
     for kernel in (prompt.close, prompt.open_all):
         types = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name not in given}
         constants = {name: given[name] for name in kernel.arg_names if name in given}
