@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from lbq.runtime.fused.engine import FusedEngine
 from lbq.runtime.kernels.gpu import Gpu, meaning
 
 META = torch.device("meta")
+_DEVICES = count(1)  # none of them real, and each in use once: an id would be given again
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,13 @@ class _Driver:
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
+        self._device = -next(_DEVICES)
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
     def get_current_device(self) -> int:
-        return -id(self)  # none: what is compiled for it is kept apart from all else
+        return self._device  # what is compiled for it is kept apart from all else
 
     def get_current_stream(self, device: object) -> int:  # noqa: ARG002
         return 0
