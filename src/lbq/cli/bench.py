@@ -67,7 +67,7 @@ def bench(
 ) -> None:
     """Measure how fast ARTIFACT, a folder or a Hub id, or random weights of a --shape decode here.
 
-    The memory's copy bandwidth is measured in the same run; the share is how much of it the decode of one text reaches.
+    The memory's copy bandwidth is measured in the same run; the share is how much of it decoding reaches.
     The final logits and every token are checked against a plain reference: wrong results end with code 7.
     """
     from lbq.runtime.bench.decode import Workload
