@@ -96,7 +96,7 @@ def decode(weights: Weights, decoder: Decoder, place: Place, load: Workload, dep
     most = peak.nbytes()
     checks = []
     for i, (ids, text) in enumerate(zip(prompts, new, strict=True)):
-        expected = reference_logits(weights, place.device, [*ids, *text], load.new + 1, held[i] if depth else None)
+        expected = reference_logits(weights, place.device, [*ids, *text], load.new + 1, held[i])
         repeats = all(one.tokens[i] == text for one in rounds)
         checks.append(check(logits[i], text, expected, repeats=repeats, greedy=not load.sampled))
     rates = [texts * (load.new - 1) / one.rest for one in rounds[1:]]

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lbq.formats.packing import PackedWeight
 from lbq.runtime.binding import Binder, Weights
-from lbq.runtime.cache import DecoderState, KVCache
+from lbq.runtime.cache import PACKED, DecoderState, KVCache
 from lbq.runtime.kernels.cpu.mapped import MappedLinear, by_tiles
 from lbq.runtime.kernels.linear import Linear
 from lbq.runtime.step import HostStep
@@ -88,16 +88,20 @@ def reference_logits(
 ) -> torch.Tensor:
     """Logits after each of the ``last`` last of ``ids``, float32 [last, V].
 
-    ``held``: a state whose first ``held.length`` keys and values come before ``ids``; it is left as it is.
+    ``held``: a state whose first ``held.length`` keys and values come before ``ids``; it is left as it is. Where it
+    keeps them in few bits the reference does, too: what that costs a real model would hide what a wrong kernel does.
     """
     binder, depth = Binder(weights, PlainKernels(device)), 0 if held is None else held.length
     tokens = torch.tensor(list(ids), device=device)
     x = functional.embedding(tokens, binder.embedding().to(device)).to(torch.float32)
     for i in range(len(weights.spec.layers)):
         layer = binder.layer(i)
-        state = layer.mixer.new_state(depth + len(tokens), dtype=torch.float32, device=device, fixed=True)
-        if held is not None:
-            _copy(held.layers[i], state, depth)
+        source = None if held is None else held.layers[i]
+        kept = source.kv.dtype if isinstance(source, KVCache) else torch.float32
+        dtype = kept if kept in PACKED else torch.float32
+        state = layer.mixer.new_state(depth + len(tokens), dtype=dtype, device=device, fixed=True)
+        if source is not None:
+            _copy(source, state, depth)
         for start, stop in _parts(len(tokens), depth):
             layer(x[start:stop], state, HostStep(depth + start, stop - start, device))
         binder.release_layer(i)
@@ -115,7 +119,11 @@ def _parts(tokens: int, depth: int) -> Iterator[tuple[int, int]]:
 def _copy(source: object, target: object, length: int) -> None:
     assert isinstance(source, KVCache)
     assert isinstance(target, KVCache)
-    target.kv[:, :, :length] = torch.stack(source.held(0, length))
+    if target.scales is not None and source.scales is not None:
+        target.turn = source.turn
+        target.kv[:, :, :length], target.scales[:, :, :length] = source.kv[:, :, :length], source.scales[:, :, :length]
+    else:
+        target.kv[:, :, :length] = torch.stack(source.held(0, length))
 
 
 @dataclass(frozen=True)
