@@ -131,6 +131,7 @@ def _work(job: Job, turns: int, signals: set[int | signal.Signals]) -> NoReturn:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(nowhere, stream)
+        torch.set_num_threads(1)  # others, which OpenMP believes to have, stayed where this was forked
         # torch imports its compiler, for seconds, to say of operators on "meta" that they are not to be compiled.
         without = ModuleType("torch._dynamo")
         vars(without)["disable"] = lambda function, *_, **__: function

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from lbq.runtime import launches
+from lbq.runtime import ahead, launches
 from lbq.runtime.ahead import PROMPTS, Job, compiled_ahead, job_for
 from lbq.runtime.bench.shapes import SHAPES
 from lbq.runtime.bench.weights import RandomWeights
@@ -97,6 +97,27 @@ def test_processes_fill_the_cache(cache, monkeypatch):
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("what was done is not done again"))
     with compiled_ahead(job()):
         pass
+
+
+def test_processes_compute_where_threads_were_at_work(cache, monkeypatch):
+    """What OpenMP's threads are asked for after a fork is never done."""
+
+    def found(_):
+        large = torch.ones(1 << 20)
+        (cache / "computed").write_text(str(float((large + large)[-1])))
+        return []
+
+    monkeypatch.setattr(launches, "kernels_of", found)
+    monkeypatch.setattr(ahead, "SECONDS", 5.0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        torch.ones(1 << 20).add_(1)
+        with compiled_ahead(job()):
+            pass
+    finally:
+        torch.set_num_threads(threads)
+    assert (cache / "computed").read_text() == "2.0"
 
 
 def test_processes_end_with_an_error(cache, monkeypatch):
