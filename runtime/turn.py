@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+LARGEST = 128  # elements that are summed: kernels hold one block of signs, and 256 would take 128 kB of shared memory
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -47,8 +49,8 @@ class Turn:
 
 
 def block(dim: int) -> int:
-    """The largest power of two that divides ``dim``."""
-    return dim & -dim
+    """The largest power of two up to LARGEST that divides ``dim``."""
+    return min(dim & -dim, LARGEST)
 
 
 def hadamard(dim: int) -> torch.Tensor:

@@ -113,7 +113,7 @@ def test_two_elements_to_a_byte():
         assert bool(((turned(held) - was).abs() <= 0.501 * step).all())
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 7])
+@pytest.mark.parametrize("dim", [64, 80, 96, 7, 256])
 def test_turned_keys_are_as_long_and_turn_back(dim):
     turn, keys = Turn.of(torch.randn(2, dim).exp2()), torch.randn(2, 5, dim)
     torch.testing.assert_close(turn.back(turn.turned(keys)), keys)

@@ -72,12 +72,16 @@ class Split:
 
 def split_for(heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16) -> Split:
     """A program for each multiprocessor, once a text is long enough to keep them busy, each with two blocks under way,
-    64 kB at heads of 128: what 99 kB of shared memory hold. At 4 bits blocks take half of that: two programs."""
+    64 kB at heads of 128 and at wider ones: what 99 kB of shared memory hold. At 4 bits blocks take half of that: two
+    programs."""
+    wide = 2 if heads.dim > 128 else 1
     if dtype == torch.uint8:
         splits = max(1, min(64, next_power_of_2(2 * sm_count // heads.kv_heads + 1) // 2))
-        return Split(splits, 128, 128, stages=3, warps=4 if heads.dim > 64 else 2)  # warps share a quarter of a head
+        return Split(
+            splits, 128 // wide, 128 // wide, stages=3, warps=4 if heads.dim > 64 else 2
+        )  # warps share a quarter of a head
     splits = max(1, min(64, sm_count // heads.kv_heads))
-    block = 128 if dtype == torch.int8 else 64
+    block = (128 if dtype == torch.int8 else 64) // wide
     return Split(splits, block, block, stages=3)
 
 

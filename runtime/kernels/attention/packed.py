@@ -26,11 +26,14 @@ from lbq.runtime.kernels.attention.triton import (
     out_of_text,
     part_of,
     soften,
+    turn,
 )
 from lbq.runtime.kernels.gemv.triton import call
+from lbq.runtime.turn import LARGEST as _LARGEST
 
 _INFINITY = tl.constexpr(float("inf"))
 _TINY = tl.constexpr(1e-30)
+LARGEST = tl.constexpr(_LARGEST)
 # Of two pairs of int8 the first and the second ones as float16: a byte with its sign bit turned, under the exponent of
 # 1024, is 1152 + its value.
 _OPEN_EIGHTS = tl.constexpr("""
@@ -258,8 +261,11 @@ def attend_packed(
     wq, wq_other = norm_weights(q_norm_ptr, d, D, DIMS, Q_EPS)
     wk, wk_other = norm_weights(k_norm_ptr, d, D, DIMS, K_EPS)
     units = tl.load(units_ptr + h * D + d, mask=d < D, other=1.0)
-    signs = load_signs(signs_ptr, 0, W, D, DP, WP)
-    if BITS == 4:
+    if BITS == 8:
+        T: tl.constexpr = DP if DP < LARGEST else LARGEST
+        signs = load_signs(signs_ptr, 0, D, D, T, T)
+    else:
+        signs = load_signs(signs_ptr, 0, W, D, DP, WP)
         high_signs = load_signs(signs_ptr, W, W, D, DP, WP)
     take_turn(PDL, True)
 
@@ -271,9 +277,9 @@ def attend_packed(
     q = (q * units).to(tl.float16)
     k = (k / units + g * 0.0).to(tl.float16)
     v += g * 0.0
-    q_first, q_second, q_scale = _planes(tl.dot(q, signs) * (SCALE * _LOG2_E / SIZE))
+    q_first, q_second, q_scale = _planes(turn(q, signs) * (SCALE * _LOG2_E / SIZE))
     if BITS == 8:
-        k, new_k_scale = eight(tl.dot(k, signs))
+        k, new_k_scale = eight(turn(k, signs))
         v, new_v_scale = eight(v)
         k_bytes = k
         v_bytes = v

@@ -231,6 +231,16 @@ def load_signs(signs_ptr, first, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.co
 
 
 @triton.jit
+def turn(x, signs):
+    """Rows [·, DP] times ``signs`` [T, ·], T elements at a time, in float32: where T is less than DP, equal blocks of
+    signs lie along the diagonal."""
+    ROWS: tl.constexpr = x.shape[0]
+    TIMES: tl.constexpr = x.shape[1] // signs.shape[0]
+    y = tl.dot(x.reshape(ROWS * TIMES, signs.shape[0]), signs)
+    return y.reshape(ROWS, TIMES * signs.shape[1])
+
+
+@triton.jit
 def out_of_text(text, q_ptr, s_ptr, N: tl.constexpr, C: tl.constexpr, XC: tl.constexpr, SIZE: tl.constexpr):
     """Where the planes of ``text`` and their scales begin, of vectors [N]; where C is 0, the vectors at ``s_ptr``."""
     return q_ptr + text * (2 * (C // 4) * XC), s_ptr + text * (N // SIZE if C > 0 else N)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lbq.runtime.kernels.attention.packed import eight, four, nibbles
-from lbq.runtime.kernels.attention.triton import load_signs
+from lbq.runtime.kernels.attention.packed import LARGEST, eight, four, nibbles
+from lbq.runtime.kernels.attention.triton import load_signs, turn
 from lbq.runtime.kernels.planes.triton import activate
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -189,6 +189,7 @@ def close(
     DP: tl.constexpr = triton.next_power_of_2(D)
     W: tl.constexpr = D * BITS // 8
     WP: tl.constexpr = DP * BITS // 8
+    T: tl.constexpr = DP if DP < LARGEST else LARGEST
     row = tl.program_id(1)
     tokens = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     d = tl.arange(0, DP)[None, :]
@@ -197,7 +198,7 @@ def close(
         x /= tl.load(units_ptr + row * D + d, mask=d < D, other=1.0)
     if BITS == 8:
         if row < KV_HEADS:
-            x = tl.dot(x.to(tl.float16), load_signs(signs_ptr, 0, D, D, DP, DP))
+            x = turn(x.to(tl.float16), load_signs(signs_ptr, 0, D, D, T, T))
         codes, scale = eight(x)
     else:
         x = x.to(tl.float16)
@@ -222,6 +223,7 @@ def open_all(
     DP: tl.constexpr = triton.next_power_of_2(D)
     W: tl.constexpr = D * BITS // 8
     WP: tl.constexpr = DP * BITS // 8
+    T: tl.constexpr = DP if DP < LARGEST else LARGEST
     slot = tl.program_id(0) * BS + tl.arange(0, BS)[:, None]
     d = tl.arange(0, DP)[None, :]
     w = tl.arange(0, WP)[None, :]
@@ -231,7 +233,7 @@ def open_all(
     if BITS == 8:
         x = codes.to(tl.float32)
         if row < KV_HEADS:
-            x = tl.dot(codes.to(tl.float16), load_signs(signs_ptr, 0, D, D, DP, DP)) / SIZE
+            x = turn(codes.to(tl.float16), load_signs(signs_ptr, 0, D, D, T, T)) / SIZE
     else:
         low = ((codes & 15).to(tl.float32) - 8.0).to(tl.float16)
         high = ((codes >> 4).to(tl.float32) - 8.0).to(tl.float16)

@@ -207,6 +207,17 @@ def test_other_caches(heads: Heads, dtype: torch.dtype, bound: float, relative_e
         assert relative_error(*text.run(position)) <= bound
 
 
+OTHERS = [heads_of(1, 2, 256), heads_of(1, 7, 128, rope=64), heads_of(2, 1, 96, window=33)]
+
+
+@pytest.mark.parametrize("heads", OTHERS, ids=str)
+def test_int8_of_other_heads(heads: Heads, relative_error: Error) -> None:
+    text = Text.make(heads, 96, norm=heads.dim == 128, dtype=torch.int8)
+    text.fill(80)
+    for position in (0, 80):
+        assert relative_error(*text.run(position)) <= 2e-3
+
+
 @pytest.mark.parametrize("split", [Split(1, 16, 16), Split(4, 32, 64, 3, 2), Split(32, 64, 64, 2, 4)], ids=str)
 def test_splits_agree(split: Split, relative_error: Error) -> None:
     text = Text.make(heads_of(1, 2, 64), 400, split=split)
@@ -265,6 +276,7 @@ def test_rule_and_refusals() -> None:
     assert [writes_planes(heads_of(1, group, 64), 128) for group in (2, 3)] == [True, False]
     assert split_for(heads_of(8, 4, 128), 132) == Split(16, 64, 64, 3)
     assert split_for(heads_of(2, 7, 64), 20, torch.int8) == Split(10, 128, 128, 3)
+    assert split_for(heads_of(4, 3, 256), 24) == Split(6, 32, 32, 3)
     assert why_not(heads_of(1, 1, 80)) is not None
     assert why_not(heads_of(1, 2, 512)) is not None
     assert [dim for dim in (32, 80, 96, 256, 288) if serves_short(heads_of(1, 2, dim))] == [32, 96, 256]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lbq.runtime import turn
 from lbq.runtime.ahead import PROMPTS, Job
 from lbq.runtime.bench.shapes import SHAPES as MODELS
 from lbq.runtime.bench.weights import RandomWeights
 from lbq.runtime.fused.tables import Table, shipped
-from lbq.runtime.kernels.attention import packed, short
+from lbq.runtime.kernels.attention import Heads, _together, packed, short, split_for
 from lbq.runtime.kernels.attention import triton as attention
 from lbq.runtime.kernels.batch import BatchTile
 from lbq.runtime.kernels.batch import triton as batch
@@ -205,6 +207,9 @@ def _attend(capability: int, group: int, dim: int, *, bits: int = 16, pdl: bool 
     types |= {"position_ptr": "*i64", "kv_ptr": {16: "*fp16", 8: "*i8", 4: "*u8"}[bits]}
     types |= {"arrivals_ptr": "*i32", "q_out_ptr": "*i32", "SLOTS": "i32"}
     types |= {"signs_ptr": "*fp16"} if bits < 16 else {}
+    heads = Heads(8, group, dim, dim, dim**-0.5)
+    kind = {16: torch.float16, 8: torch.int8, 4: torch.uint8}[bits]
+    split = replace(split_for(heads, SM_COUNTS[capability], kind), splits=16)
     given = {
         "KV_HEADS": 8,
         "G": group,
@@ -214,14 +219,14 @@ def _attend(capability: int, group: int, dim: int, *, bits: int = 16, pdl: bool 
         "WINDOW": 0,
         "Q_EPS": 1e-6,
         "K_EPS": 1e-6,
-        "SPLITS": 16,
-        "LEAST": 128 if bits < 16 else 64,
-        "BLOCK": 128 if bits < 16 else 64,
-        "STAGES": 3,
-        "AHEAD": 64,
+        "SPLITS": split.splits,
+        "LEAST": split.least,
+        "BLOCK": split.block,
+        "STAGES": split.stages,
+        "AHEAD": split.least,
         "BITS": bits,
-        "SIZE": dim & -dim,
-        "TOGETHER": 2 if bits == 4 else 8,
+        "SIZE": turn.block(dim),
+        "TOGETHER": _together(heads, split, bits),
         "C_OUT": 8,
         "XC_OUT": plane_columns(8 * group * dim, 4),
         "FOLD_OUT": 0.0625,
@@ -230,7 +235,7 @@ def _attend(capability: int, group: int, dim: int, *, bits: int = 16, pdl: bool 
         "EMULATE": False,
     }
     constants = {name: given[name] for name in kernel.arg_names if name in given}
-    return _compile(kernel, capability, 4, types, constants)
+    return _compile(kernel, capability, split.warps, types, constants)
 
 
 def _attend_short(capability: int, group: int, dim: int, block: int, warps: int, *, pdl: bool = False) -> Any:
@@ -296,7 +301,7 @@ def test_projections_of_a_fused_step(capability: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("capability", SM_COUNTS)
 def test_attention_of_a_fused_step(capability: int, tmp_path: Path) -> None:
-    shapes = [(4, 128, 16), (7, 64, 16), (1, 96, 16), (2, 128, 8), (4, 128, 4)]
+    shapes = [(4, 128, 16), (7, 64, 16), (1, 96, 16), (2, 128, 8), (4, 128, 4), (3, 256, 16), (3, 256, 8)]
     for group, dim, bits in shapes if capability in SOME else shapes[:1]:
         compiled = _attend(capability, group, dim, bits=bits)
         _check(compiled, tmp_path, stack=8)  # what every lane needs once, at the end
@@ -452,11 +457,11 @@ def test_rows_of_prompts(capability: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", SOME)
-@pytest.mark.parametrize("bits", [8, 4])
-def test_caches_of_prompts_in_few_bits(bits: int, capability: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "dim"), [(8, 128), (4, 128), (8, 256)])
+def test_caches_of_prompts_in_few_bits(bits: int, dim: int, capability: int, tmp_path: Path) -> None:
     kinds = {"kv_ptr": {8: "*i8", 4: "*u8"}[bits], "signs_ptr": "*fp16", "x_ptr": "*fp16", "out_ptr": "*fp16"}
     kinds |= dict.fromkeys(("STOP", "SLOTS", "START", "M"), "i32")
-    given = {"KV_HEADS": 8, "D": 128, "BITS": bits, "SIZE": 128, "BM": 16, "BS": 32}
+    given = {"KV_HEADS": 8, "D": dim, "BITS": bits, "SIZE": turn.block(dim), "BM": 16, "BS": 32}
     for kernel in (prompt.close, prompt.open_all):
         types = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name not in given}
         constants = {name: given[name] for name in kernel.arg_names if name in given}

