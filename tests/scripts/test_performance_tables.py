@@ -94,6 +94,8 @@ def test_only_what_is_between_the_marks_changes():
     assert put_into(document, "new") == f"before\n{MARKS[0]}\n\nnew\n\n{MARKS[1]}\nafter\n"
     with pytest.raises(SystemExit):
         put_into("no marks", "new")
+    document = (Path(__file__).parents[2] / "docs/performance.md").read_text()
+    assert put_into(document, "new").count("\n\nnew\n\n") == 1
 
 
 def test_results_can_be_read_again():
