@@ -33,12 +33,12 @@ from lbq.runtime.text.generation import (
     check_room,
     stream_text,
 )
+from lbq.runtime.text.sampling import SEEDS
 from lbq.runtime.text.session import ChatSession
 from lbq.runtime.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Message]
 SLOTS = 256  # tokens that a text's keys and values are allocated by, among several
-SEEDS = 1 << 63
 
 
 class GenerationSettings(TypedDict, total=False):

@@ -15,14 +15,13 @@ from lbq.runtime.cache import DecoderState, KVCache
 from lbq.runtime.decoder import Decoder, DecoderLayer
 from lbq.runtime.kernels import prompt
 from lbq.runtime.kernels.attention import Cache, Heads, Norms
-from lbq.runtime.kernels.cuda import CudaLinear, DenseCudaLinear
+from lbq.runtime.kernels.cuda import BATCH_TOKENS, CudaLinear, DenseCudaLinear
 from lbq.runtime.kernels.linear import Linear
 from lbq.runtime.kernels.prompt import Operand, Result
 from lbq.runtime.norm import RmsNorm
 from lbq.runtime.rope import Rotary
 
 CHUNK = 2048  # tokens at a time: opening the weights is a tenth of their products then
-FEW = 96  # up to so many, opening the weights takes longer than reading them packed
 
 
 def why_not(decoder: Decoder) -> str | None:
@@ -104,7 +103,7 @@ def _layer(
 
 def _product(x: Operand | None, linear: Linear) -> Result:
     assert x is not None
-    if isinstance(linear, CudaLinear) and x.values.shape[0] > FEW:
+    if isinstance(linear, CudaLinear) and x.values.shape[0] > BATCH_TOKENS:
         return prompt.multiply(x, linear.weight, linear.norms, linear.bias)
     return Result(linear(x.float()))
 

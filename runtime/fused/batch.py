@@ -11,13 +11,13 @@ from lbq.formats.errors import DataError
 from lbq.runtime.cache import PACKED, DecoderState, MixerState
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
-from lbq.runtime.fused.engine import SEEDS, default_plan
+from lbq.runtime.fused.engine import default_plan
 from lbq.runtime.fused.graphs import StepGraphs
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels.sample import Chain, Choice, choose
 from lbq.runtime.key_units import measure_units
-from lbq.runtime.text.sampling import BROKEN_LOGITS, SamplingOptions
+from lbq.runtime.text.sampling import BROKEN_LOGITS, SEEDS, SamplingOptions
 
 
 def state_of(state: DecoderState, text: int) -> DecoderState:

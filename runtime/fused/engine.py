@@ -17,10 +17,9 @@ from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.fused.tables import device_table
 from lbq.runtime.kernels.gpu import gpu_of
 from lbq.runtime.kernels.sample import Chain, Choice, choose
-from lbq.runtime.text.sampling import BROKEN_LOGITS, SamplingOptions
+from lbq.runtime.text.sampling import BROKEN_LOGITS, SEEDS, SamplingOptions
 
 AHEAD = 1  # steps that run before the reader has seen what they go on from
-SEEDS = 1 << 63
 
 
 class FusedEngine(DecoderEngine):

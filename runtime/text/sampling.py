@@ -14,6 +14,7 @@ BROKEN_LOGITS = (
     "the model's logits are not finite numbers: its weights are broken (lbq verify tells), or on a GPU "
     "its keys and values do not fit the float16 cache (--dtype float32)"
 )
+SEEDS = 1 << 63  # there are so many
 _FIRST_LOOK = 512
 
 
@@ -44,7 +45,7 @@ class SamplingOptions:
             _require(name, value, sound, f"a number {'above' if positive else 'from'} 0, up to {most:g}")
         _require("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "an integer of at least 0")
         seed = self.seed
-        sound = seed is None or (isinstance(seed, int) and 0 <= seed < 1 << 63)
+        sound = seed is None or (isinstance(seed, int) and 0 <= seed < SEEDS)
         _require("seed", seed, sound, "an integer from 0 to 2^63 - 1")
 
 

@@ -35,7 +35,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def many(monkeypatch):
     """Few tokens count as many, and a prompt has several chunks."""
-    monkeypatch.setattr(prompts, "FEW", 4)
+    monkeypatch.setattr(prompts, "BATCH_TOKENS", 4)
     monkeypatch.setattr(PromptLayers, "chunk", 17)  # on a GPU; one under the interpreter, but for one test
 
 
