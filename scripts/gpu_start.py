@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 # What is timed here are imports too: none of lbq before a child asks for them.
 
 PROMPT = "Why is the sky blue, and why are sunsets red? Answer in one sentence."
+AHEAD = 12  # processes that compile ahead, where that is tried
 TEMPLATE = "{% for m in messages %}<user>{{ m['content'] }}</user>{% endfor %}"
 
 
@@ -176,11 +177,11 @@ def child(folder: Path, began: float, device: str, *, ahead: bool) -> None:
     from lbq.cli import cli
 
     clock.at("the command line is imported")
+    import lbq.runtime.ahead as model_ahead
     import lbq.runtime.model as model
 
     clock.at("torch and the runtime are imported")
-    if not ahead:
-        model.compiled_ahead = lambda _: nullcontext()
+    model_ahead.WORKERS = AHEAD if ahead else 0
     loaded = watch_gpu(clock) if device == "cuda" else []
     watch(clock, model)
     cli.main(["run", str(folder), "-p", PROMPT, "--max-tokens", "1", "--device", device], standalone_mode=False)

@@ -44,6 +44,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(threading, "active_count", lambda: 1)  # those of pytest hold nothing
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(ahead, "WORKERS", 12)
     return tmp_path
 
 
