@@ -63,7 +63,7 @@ def _on_cpu(uses: Sequence[KernelUse], device: CpuDevice) -> Explanation:
     kind = name_of(device.cache_dtype(0))
     return Explanation(
         f"CPU, {threads} threads" + (f" ({device.note})" if device.note else ""),
-        "kernel by kernel from Python, activations and sums in float32",
+        "kernel by kernel from Python, activations and sums in float32; several texts one after the other",
         f"torch's batched matmul for one token, its scaled_dot_product_attention for more; keys and values in {kind}",
         tuple(Explained(use, _cpu_ways(use, exact=device.exact)) for use in uses),
     )
