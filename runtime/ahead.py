@@ -149,9 +149,16 @@ def _wait(workers: list[int]) -> None:
     """For their ends, SECONDS at most; those that ended leave the list."""
     until = time.monotonic() + SECONDS
     while workers and time.monotonic() < until:
-        for worker in [each for each in workers if os.waitpid(each, os.WNOHANG)[0]]:
+        for worker in [each for each in workers if _ended(each)]:
             workers.remove(worker)
         time.sleep(0.005)
+
+
+def _ended(worker: int) -> bool:
+    try:
+        return os.waitpid(worker, os.WNOHANG)[0] != 0
+    except ChildProcessError:  # a program that ignores its children's ends, or collects them itself
+        return True
 
 
 def _mark(job: Job) -> Path:

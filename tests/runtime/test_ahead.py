@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -119,6 +120,17 @@ def test_processes_compute_where_threads_were_at_work(cache, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert (cache / "computed").read_text() == "2.0"
+
+
+def test_processes_of_a_program_that_ignores_their_ends(cache, monkeypatch):
+    monkeypatch.setattr(launches, "kernels_of", lambda _: [])
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with compiled_ahead(job()):
+            pass
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert any(path.name.startswith("lbq-") for path in cache.iterdir())
 
 
 def test_processes_end_with_an_error(cache, monkeypatch):
