@@ -83,6 +83,10 @@ class CpuDevice:
         """Nothing: there is one way to decode."""
         return None
 
+    def prompt_fallback(self, decoder: Decoder) -> str | None:  # noqa: ARG002
+        """Nothing: there is one way to take in a prompt."""
+        return None
+
     def engine(self, decoder: Decoder, context: int) -> Engine:
         return DecoderEngine(decoder, context, cache_dtype=self.cache_dtype(context))
 
@@ -178,6 +182,14 @@ class CudaDevice:
 
         return why_not(decoder)
 
+    def prompt_fallback(self, decoder: Decoder) -> str | None:
+        """Why prompts of ``decoder`` do not go by kernels of their own, where that is not what was asked for."""
+        if self.exact or not self.fused:
+            return None
+        from lbq.runtime.prompts import why_not
+
+        return why_not(decoder)
+
     def _fuses(self, decoder: Decoder) -> bool:
         """Whether ``decoder`` decodes by the fused step, whose attention reads int8."""
         return self.fused and not self.exact and self.step_fallback(decoder) is None
@@ -218,11 +230,11 @@ class CudaDevice:
 
     def _prompt_layers(self, decoder: Decoder) -> Layers | None:
         """How many tokens at a time are taken in, where that is not by the decoder's own layers."""
-        if self.exact or not self.fused:
+        if self.exact or not self.fused or self.prompt_fallback(decoder) is not None:
             return None
-        from lbq.runtime.prompts import PromptLayers, why_not
+        from lbq.runtime.prompts import PromptLayers
 
-        return PromptLayers(decoder) if why_not(decoder) is None else None
+        return PromptLayers(decoder)
 
 
 Device = CpuDevice | CudaDevice

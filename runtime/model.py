@@ -19,7 +19,8 @@ from lbq.formats.spec import ModelSpec
 from lbq.runtime.ahead import Job, compiled_ahead, job_for
 from lbq.runtime.binding import Bound, KernelUse, Weights, bind
 from lbq.runtime.cache import name_of
-from lbq.runtime.devices import CacheKind, Device, device_errors, find_device, set_threads
+from lbq.runtime.decoder import Decoder
+from lbq.runtime.devices import CacheKind, CudaDevice, Device, device_errors, find_device, set_threads
 from lbq.runtime.engines import EnginePool
 from lbq.runtime.explain import Explanation, explain
 from lbq.runtime.needs import needs
@@ -178,8 +179,9 @@ class Model:
                 self._on.prepare(needs(self.spec, self._weights.quantized, self._on).weights)
                 bound = bind(self._weights, self._on)
             step_fallback = self._on.step_fallback(bound.decoder)
+            prompt_fallback = self._on.prompt_fallback(bound.decoder)
             if self._strict:
-                _refuse_fallbacks(bound.kernels, step_fallback)
+                _refuse_fallbacks(bound.kernels, step_fallback, prompt_fallback)
             context = self._asked_context or self._on.default_context(bound.decoder)
             if self._asked_context is not None:
                 self._on.check_context(bound.decoder, context)
@@ -190,7 +192,7 @@ class Model:
             if self._strict and cache.fallback is not None:
                 raise DeviceError(f"{cache.dtype} keys and values: {cache.fallback}; refused under --strict")
         engines = EnginePool(partial(self._on.engine, bound.decoder, context), context)
-        self._ready = _Ready(bound, engines, cache, step_fallback, time.perf_counter() - start)
+        self._ready = _Ready(bound, engines, cache, step_fallback, prompt_fallback, time.perf_counter() - start)
 
     def _job(self) -> Job | None:
         """Kernels that texts will need."""
@@ -219,6 +221,11 @@ class Model:
     def step_fallback(self) -> str | None:
         """Why a GPU does not decode by the fused step, or None where it does and on a CPU."""
         return self._bound().step_fallback
+
+    @property
+    def prompt_fallback(self) -> str | None:
+        """Why a GPU does not take in prompts by kernels of their own, or None where it does and on a CPU."""
+        return self._bound().prompt_fallback
 
     @property
     def resident_bytes(self) -> int:
@@ -382,6 +389,7 @@ class Model:
         slots = min(
             ready.engines.context, max((_slots(request, ready.engines.context) for request in requests), default=1)
         )
+        self._refuse_turns(decoder, wanted)
         with device_errors():
             wanted = 1 if wanted <= 1 else min(wanted, self._on.most_places(decoder, slots))
         if wanted <= 1:
@@ -395,6 +403,14 @@ class Model:
             batch = self._on.batch(decoder, slots, wanted)
             for i, text, finish in batch_texts(batch, self.tokenizer, requests, self.end_ids, continues=continues):
                 yield i, Result(text, finish)
+
+    def _refuse_turns(self, decoder: Decoder, places: int) -> None:
+        """Under ``strict``: raise DeviceError for a GPU on which several texts would take turns."""
+        if not (self._strict and isinstance(self._on, CudaDevice)) or self._on.exact or places <= 1:
+            return
+        turns = self._on.batch_fallback(decoder, 2)
+        if turns is not None:
+            raise DeviceError(f"texts are decoded one after the other, because {turns}; refused under --strict")
 
     def _bound(self) -> _Ready:
         self.bind()
@@ -422,6 +438,7 @@ class _Ready:
     engines: EnginePool
     cache: CacheUse
     step_fallback: str | None
+    prompt_fallback: str | None
     seconds: float  # that binding took
 
 
@@ -477,7 +494,7 @@ def bind_now(model: Model) -> Model:
     return model
 
 
-def _refuse_fallbacks(kernels: Sequence[KernelUse], step: str | None) -> None:
+def _refuse_fallbacks(kernels: Sequence[KernelUse], step: str | None, prompts: str | None) -> None:
     slow = [use for use in kernels if use.fallback is not None]
     if slow:
         first = slow[0]
@@ -485,3 +502,5 @@ def _refuse_fallbacks(kernels: Sequence[KernelUse], step: str | None) -> None:
         raise DeviceError(f"{first.units}: {first.kernel}, because {first.fallback}{more}; refused under --strict")
     if step is not None:
         raise DeviceError(f"tokens are decoded kernel by kernel, because {step}; refused under --strict")
+    if prompts is not None:
+        raise DeviceError(f"prompts go by torch's attention, because {prompts}; refused under --strict")

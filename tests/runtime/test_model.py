@@ -15,7 +15,7 @@ from lbq.formats.artifact import open_artifact
 from lbq.formats.errors import DataError, DeviceError, StorageError, UsageError
 from lbq.runtime import load
 from lbq.runtime.binding import Bound, KernelUse
-from lbq.runtime.devices import CpuDevice
+from lbq.runtime.devices import CpuDevice, CudaDevice
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.kernels.linear import Matrix
 from lbq.runtime.model import open_model
@@ -269,6 +269,24 @@ def test_strict_refuses_a_gpu_that_is_not_used(kept_artifact, monkeypatch):
     assert load(kept_artifact).note == "the GPU is not used"
     with pytest.raises(DeviceError, match="the GPU is not used; refused under --strict"):
         load(kept_artifact, strict=True)
+
+
+def test_strict_refuses_slower_ways_of_prompts_and_of_several_texts(kept_artifact, monkeypatch):
+    model = load(kept_artifact, strict=True, **CPU)
+    model.bind()
+    monkeypatch.setattr(CudaDevice, "batch_fallback", lambda *_: "weights are of 3 bits")
+    monkeypatch.setattr(model, "_on", CudaDevice(exact=False))
+    with pytest.raises(DeviceError, match="one after the other, because weights are of 3 bits; refused under --strict"):
+        model.generate_batch(["a", "b"], chat=False, max_tokens=1)
+    monkeypatch.undo()
+    assert len(model.generate_batch(["a", "b"], chat=False, max_tokens=1)) == 2  # a CPU has no other way
+    model.close()
+    monkeypatch.setattr(CpuDevice, "prompt_fallback", lambda *_: "layer 0: heads of 288")
+    with load(kept_artifact, **CPU) as lax:
+        lax.bind()
+        assert lax.prompt_fallback == "layer 0: heads of 288"
+    with pytest.raises(DeviceError, match="prompts go by torch's attention, because layer 0: heads of 288"):
+        load(kept_artifact, strict=True, **CPU).bind()
 
 
 def test_strict_names_the_first_fallback(kept_artifact, monkeypatch):

@@ -270,7 +270,9 @@ def _say_how(model: Model, finish: Finish | None, *, explain: bool) -> None:
         click.echo(f"[keys and values  FALLBACK: {model.cache.fallback}]", err=True)
     if model.step_fallback is not None:
         click.echo(f"[tokens decoded kernel by kernel  FALLBACK: {model.step_fallback}]", err=True)
-    elif model.device.type == "cuda" and not explain:
+    if model.prompt_fallback is not None:
+        click.echo(f"[prompts by torch's attention  FALLBACK: {model.prompt_fallback}]", err=True)
+    if model.step_fallback is None and model.device.type == "cuda" and not explain:
         click.echo(f"[{model.explain().step}]", err=True)
     if explain:
         print_explanation(model.explain(), err=True)
