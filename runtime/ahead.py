@@ -78,12 +78,12 @@ def compiled_ahead(job: Job | None) -> Iterator[None]:
     program of several threads, which is not forked: what another thread holds would stay held.
     """
     count = min(WORKERS, (os.cpu_count() or 1) - 1)
-    if job is None:
+    if job is None or count < 1 or threading.active_count() > 1 or not hasattr(os, "fork"):
         yield
         return
     settle()
     mark = _mark(job)
-    if mark.exists() or count < 1 or threading.active_count() > 1 or not hasattr(os, "fork"):
+    if mark.exists():
         yield
         return
     turns, ends = os.pipe()

@@ -25,6 +25,7 @@ import torch
 import triton
 from performance_tables import GOALS, NEW, NEW_AT_DEPTH, PROMPT, Decode, Found, Prompt, Real, draw, put_into, render
 
+from lbq.evaluation.scores import divergence
 from lbq.runtime.bench.context import Bench, Model
 from lbq.runtime.bench.decode import Workload
 from lbq.runtime.bench.prefill import time_prompts
@@ -132,18 +133,12 @@ def real(folder: Path) -> Real:
     expected = exact.logits(ids).cpu()
     exact.close()
     model = load(folder, device="cuda", strict=True)
-    prompt = mean_kl(expected, model.logits(ids).cpu())
+    prompt = float(divergence(expected, model.logits(ids).cpu()).mean())
     engine = model.new_engine()
     steps = [engine.prefill(ids[:1]).clone(), *(engine.decode(token).clone() for token in ids[1:])]
-    decode = mean_kl(expected, torch.stack(steps).cpu())
+    decode = float(divergence(expected, torch.stack(steps).cpu()).mean())
     model.close()
     return Real(folder.name, prompt, decode)
-
-
-def mean_kl(expected: torch.Tensor, logits: torch.Tensor) -> float:
-    """Mean over rows of KL(expected ‖ logits), in nats."""
-    p, q = expected.double().log_softmax(-1), logits.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def main() -> int:

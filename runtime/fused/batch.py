@@ -11,13 +11,13 @@ from lbq.formats.errors import DataError
 from lbq.runtime.cache import PACKED, DecoderState, MixerState
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
-from lbq.runtime.fused.engine import default_plan
+from lbq.runtime.fused.engine import default_plan, make_ready
 from lbq.runtime.fused.graphs import StepGraphs
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels.sample import Chain, Choice, choose
 from lbq.runtime.key_units import measure_units
-from lbq.runtime.text.sampling import BROKEN_LOGITS, SEEDS, SamplingOptions
+from lbq.runtime.text.sampling import BROKEN_LOGITS, SamplingOptions
 
 
 def state_of(state: DecoderState, text: int) -> DecoderState:
@@ -96,15 +96,7 @@ class FusedBatch:
         text, part = self.engines[place], self._chain.of_text(place)
         text._state.length = held
         logits = text.prefill(ids)
-        self._choices[place] = part.set(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            penalty=sampling.repetition_penalty,
-            seed=torch.Generator().seed() % SEEDS if sampling.seed is None else sampling.seed,
-            seen=torch.tensor(sorted(set(ids)), dtype=torch.int64),
-        )
+        self._choices[place] = make_ready(part, sampling, ids)
         self._next[place] = text.position
         part.start(0, text.position - 1)
         choose(logits, part, self._choices[place])

@@ -69,7 +69,7 @@ class FusedEngine(DecoderEngine):
         the repetition penalty is for, beside those chosen. Raises DataError for logits that are not finite.
         """
         start, device = self.position, self._decoder.device
-        choice = self._choice(options, prompt)
+        choice = make_ready(self._chain, options, prompt)
         self._chain.start(0, start - 1)
         choose(logits, self._chain, choice, pdl=self._pdl)  # the token at ``start``
         most = min(most, self.context - start)
@@ -95,23 +95,24 @@ class FusedEngine(DecoderEngine):
         """
         for options in ways:
             for short in (True, False):
-                self._graphs.run(self._choice(options, ()), short)
+                self._graphs.run(make_ready(self._chain, options, ()), short)
         for length in prompts:
             self._state.length = 0
             ids = torch.zeros(min(length, self.context), dtype=torch.int64, device=self._decoder.device)
             self._decoder.forward(ids, self._state, layers=self._layers)
 
-    def _choice(self, options: SamplingOptions, prompt: Sequence[int]) -> Choice:
-        """Make ready to choose by ``options`` behind ``prompt``."""
-        return self._chain.set(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            penalty=options.repetition_penalty,
-            seed=torch.Generator().seed() % SEEDS if options.seed is None else options.seed,
-            seen=torch.tensor(sorted(set(prompt)), dtype=torch.int64),
-        )
+
+def make_ready(chain: Chain, options: SamplingOptions, prompt: Sequence[int]) -> Choice:
+    """Set ``chain`` to choose by ``options`` behind ``prompt``; the kernels that this takes."""
+    return chain.set(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        penalty=options.repetition_penalty,
+        seed=torch.Generator().seed() % SEEDS if options.seed is None else options.seed,
+        seen=torch.tensor(sorted(set(prompt)), dtype=torch.int64),
+    )
 
 
 def default_plan(device: torch.device) -> Plan:

@@ -208,23 +208,12 @@ def attend(
     be float32 [texts, heads · dim] too, and has to be where ``writes_planes`` says no. Products are of the
     cache's 16-bit type (float16 for an int8 cache) and summed in float32, like the softmax. Results repeat to the bit.
     """
-    cos, sin = angles
-    slots = cache.kv.shape[-2]
     assert why_not(heads) is None
     assert isinstance(to, torch.Tensor) or writes_planes(heads, to.planes.block)
     _check(qkv, heads, angles, position, cache, to)
     texts = position.numel()
     assert scratch.parts.shape == (texts, heads.kv_heads, split.splits, heads.group, heads.dim)
-    before = (
-        qkv,
-        qkv if q_norm is None else q_norm.weight,
-        qkv if k_norm is None else k_norm.weight,
-        cos,
-        sin,
-        position,
-        cache.kv,
-    )
-    behind = (scratch.parts, scratch.peaks, scratch.sums, scratch.counters, *_outputs(to), slots)
+    before, behind = _read(qkv, q_norm, k_norm, angles, position, cache), _written(scratch, to, cache)
     options = {
         "SPLITS": split.splits,
         "LEAST": split.least,
@@ -271,8 +260,6 @@ def attend_short(
 
     ``serves_short(heads)`` must hold; ``scratch`` is of ``Scratch.empty_short``. Products are of float32.
     """
-    cos, sin = angles
-    slots = cache.kv.shape[-2]
     assert serves_short(heads)
     assert isinstance(to, torch.Tensor) or heads.dim % to.planes.block == 0
     assert short.fits(heads)
@@ -282,19 +269,8 @@ def attend_short(
     queries, texts = heads.kv_heads * heads.group, position.numel()
     assert scratch.parts.shape == (texts, queries, short.parts, heads.dim)
     short_kernel.attend_short[(queries * short.parts, texts)](
-        qkv,
-        qkv if q_norm is None else q_norm.weight,
-        qkv if k_norm is None else k_norm.weight,
-        cos,
-        sin,
-        position,
-        cache.kv,
-        scratch.parts,
-        scratch.peaks,
-        scratch.sums,
-        scratch.counters,
-        *_outputs(to),
-        slots,
+        *_read(qkv, q_norm, k_norm, angles, position, cache),
+        *_written(scratch, to, cache),
         PARTS=short.parts,
         BLOCK=short.block,
         WARPS=short.warps,
@@ -327,8 +303,23 @@ def _constants(
     }
 
 
-def _outputs(to: Activations | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return (to, to) if isinstance(to, torch.Tensor) else (to.planes.q, to.planes.scales)
+def _read(
+    qkv: torch.Tensor,
+    q_norm: Norms | None,
+    k_norm: Norms | None,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    position: torch.Tensor,
+    cache: Cache,
+) -> tuple[torch.Tensor, ...]:
+    """What all kernels take first; a norm that is not there is stood in for."""
+    q_weight, k_weight = (qkv if norm is None else norm.weight for norm in (q_norm, k_norm))
+    return (qkv, q_weight, k_weight, *angles, position, cache.kv)
+
+
+def _written(scratch: Scratch, to: Activations | torch.Tensor, cache: Cache) -> tuple[torch.Tensor | int, ...]:
+    """What they take behind that: the scratch, the output and the cache's slots."""
+    out = (to, to) if isinstance(to, torch.Tensor) else (to.planes.q, to.planes.scales)
+    return (scratch.parts, scratch.peaks, scratch.sums, scratch.counters, *out, cache.kv.shape[-2])
 
 
 def _check(

@@ -16,8 +16,8 @@ from triton import cdiv, next_power_of_2
 from lbq.runtime.kernels.batch import triton as kernels
 from lbq.runtime.kernels.gemv import ArrangedWeight, Planes, quantize, sm_count
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
-from lbq.runtime.kernels.planes import Activations, Normed, launch_options, plane_layout
-from lbq.runtime.kernels.project import Activation, Kind
+from lbq.runtime.kernels.planes import Activations, Normed, launch_options
+from lbq.runtime.kernels.project import Activation, Kind, constants, operands
 
 __all__ = ["TOKENS", "BatchTile", "batch", "planes", "product", "tile_codes", "tile_for", "why_not"]
 
@@ -111,49 +111,19 @@ def product(
     assert (x.planes.bits, x.planes.k, x.planes.block) == (weight.bits, weight.k, tile_codes(weight.bits))
     assert m == x.tokens
     assert m <= TOKENS
-    assert y.dtype == torch.float32
     assert y.is_contiguous()
-    assert weight.n == (2 * n if kind == "gated" else n)
-    assert bias is None or (bias.shape == (weight.n,) and bias.dtype == torch.float32)
     outputs = tile.outputs(kind)
-    written = to.to if isinstance(to, Normed) else to
-    layout, size = (0, 0, 1.0), 32
-    if written is not None:
-        assert kind == ("add" if isinstance(to, Normed) else "gated")
-        assert (written.tokens, written.planes.k) == (m, n)
-        layout, size = plane_layout(written.planes), written.planes.block
-        assert outputs % size == 0 or (size % outputs == 0 and counters is not None)
+    size = 32 if to is None else (to.to if isinstance(to, Normed) else to).planes.block
+    assert to is None or outputs % size == 0 or (size % outputs == 0 and counters is not None)
     kernels.batch[(cdiv(n, outputs),)](
-        weight.words,
-        weight.scales,
-        x.planes.q,
-        x.planes.scales,
-        y if x.squares is None else x.squares,
-        y if bias is None else bias,
-        y,
-        to.weight if isinstance(to, Normed) else y,
-        x.planes.q if written is None else written.planes.q,
-        y if written is None else written.planes.scales,
-        y if written is None or written.squares is None else written.squares,
-        x.planes.q if counters is None else counters,
+        *operands(x, weight, bias, y, kind, to, counters),
         n,
         m,
-        K=weight.k,
-        G=weight.group,
-        BITS=weight.bits,
-        XC=x.planes.q.shape[3],
         FOURS=cdiv(m, 4),
         S=tile.split,
         T=tile.blocks,
         DEPTH=tile.depth,
-        HAS_BIAS=bias is not None,
-        NORMED=x.squares is not None,
-        EPS=x.eps,
-        KIND=kind,
-        ACTIVATION=activation,
-        C_OUT=layout[0],
-        XC_OUT=layout[1],
-        FOLD_OUT=layout[2],
+        **constants(x, weight, bias, kind, activation, to),
         SIZE_OUT=size,
         PDL=pdl,
         EMULATE=INTERPRETED,

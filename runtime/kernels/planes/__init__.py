@@ -79,7 +79,7 @@ def embed(token: torch.Tensor, table: torch.Tensor, x: torch.Tensor, normed: Nor
     With ``pdl`` the next kernel may start early; this one is the first of a step and waits for nobody.
     """
     assert token.dtype == torch.int64
-    k, (columns, width, fold) = table.shape[1], plane_layout(normed.to.planes)
+    k = table.shape[1]
     _check(x, k, normed.to)
     assert token.numel() == normed.to.tokens
     kernels.embed[_grid(normed.to)](
@@ -91,11 +91,7 @@ def embed(token: torch.Tensor, table: torch.Tensor, x: torch.Tensor, normed: Nor
         normed.to.planes.scales,
         normed.to.squares,
         k,
-        width,
-        C=columns,
-        FOLD=fold,
-        BB=AT_ONCE // normed.to.planes.block,
-        SIZE=normed.to.planes.block,
+        **_layout(normed.to),
         PDL=pdl,
         num_warps=4,
     )
@@ -103,7 +99,7 @@ def embed(token: torch.Tensor, table: torch.Tensor, x: torch.Tensor, normed: Nor
 
 def norm(x: torch.Tensor, normed: Normed, *, pdl: bool = False, onward: bool = True) -> None:
     """The residual stream ``x`` float32 [M, K] into planes."""
-    k, (columns, width, fold) = normed.to.planes.k, plane_layout(normed.to.planes)
+    k = normed.to.planes.k
     _check(x, k, normed.to)
     kernels.norm[_grid(normed.to)](
         x,
@@ -112,11 +108,7 @@ def norm(x: torch.Tensor, normed: Normed, *, pdl: bool = False, onward: bool = T
         normed.to.planes.scales,
         normed.to.squares,
         k,
-        width,
-        C=columns,
-        FOLD=fold,
-        BB=AT_ONCE // normed.to.planes.block,
-        SIZE=normed.to.planes.block,
+        **_layout(normed.to),
         PDL=pdl,
         ONWARD=onward,
         num_warps=4,
@@ -126,23 +118,26 @@ def norm(x: torch.Tensor, normed: Normed, *, pdl: bool = False, onward: bool = T
 
 def plain(x: torch.Tensor, to: Activations, *, pdl: bool = False, onward: bool = True) -> None:
     """``x`` float32 [M, K] into planes, as it is."""
-    k, (columns, width, fold) = to.planes.k, plane_layout(to.planes)
+    k = to.planes.k
     _check(x, k, to)
     kernels.plain[_grid(to)](
         x,
         to.planes.q,
         to.planes.scales,
         k,
-        width,
-        C=columns,
-        FOLD=fold,
-        BB=AT_ONCE // to.planes.block,
-        SIZE=to.planes.block,
+        **_layout(to),
         PDL=pdl,
         ONWARD=onward,
         num_warps=4,
         **launch_options(pdl),
     )
+
+
+def _layout(to: Activations) -> dict[str, int | float]:
+    """How a kernel writes planes, and how many blocks a program."""
+    columns, width, fold = plane_layout(to.planes)
+    block = to.planes.block
+    return {"XC": width, "C": columns, "FOLD": fold, "BB": AT_ONCE // block, "SIZE": block}
 
 
 def _grid(to: Activations) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from lbq.runtime.kernels.gemv.triton import INTERPRETED
 from lbq.runtime.kernels.planes import Activations, Normed, launch_options, plane_layout
 from lbq.runtime.kernels.project import triton as kernels
 
-__all__ = ["Activation", "Kind", "arrivals", "project", "project_dense"]
+__all__ = ["Activation", "Kind", "arrivals", "constants", "operands", "project", "project_dense"]
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 Kind = Literal["store", "add", "gated"]
@@ -54,22 +54,11 @@ def project(
     """
     n = y.numel()
     assert y.shape == (n,)
-    assert y.dtype == torch.float32
     assert (x.planes.bits, x.planes.k) == (weight.bits, weight.k)
-    assert weight.n == (2 * n if kind == "gated" else n)
-    assert bias is None or (bias.shape == (weight.n,) and bias.dtype == torch.float32)
     outputs = tile.owned // 2 if kind == "gated" else tile.owned
     assert outputs >= 1
     assert early in (1, 2)
-    written = to.to if isinstance(to, Normed) else to
-    if to is None:
-        layout = (0, 0, 1.0)
-    else:
-        assert kind == ("add" if isinstance(to, Normed) else "gated")
-        assert written is not None
-        assert written.planes.k == n
-        assert outputs % 32 == 0 or counters is not None
-        layout = plane_layout(written.planes)
+    assert to is None or outputs % 32 == 0 or counters is not None
     programs = cdiv(n, outputs)
     pitch = 1 if following is None else following.words.numel() // following.n
     lines = 0 if following is None else min(lines, cdiv(pitch, 32))
@@ -77,6 +66,45 @@ def project(
     assert not whole or tile.columns * codes_a_column(weight.bits) >= weight.k
     kernel = kernels.stream if whole else kernels.project
     kernel[(programs,)](
+        *operands(x, weight, bias, y, kind, to, counters),
+        weight.words if following is None else following.words,
+        n,
+        0 if following is None else following.n,
+        BN=tile.rows,
+        BW=tile.columns,
+        **constants(x, weight, bias, kind, activation, to),
+        PDL=pdl,
+        ONWARD=onward,
+        AHEAD=ahead,
+        **({"ROUNDS": tile.rounds} if whole else {"EARLY": early}),
+        NEXT_PITCH=pitch if lines else 1,
+        NEXT_LINES=max(lines, 1),
+        NEXT_SHARE=cdiv(following.n * lines, programs) if lines and following else 0,
+        EMULATE=INTERPRETED,
+        num_warps=tile.warps,
+        **launch_options(pdl),
+    )
+
+
+def operands(
+    x: Activations,
+    weight: ArrangedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    kind: Kind,
+    to: Normed | Activations | None,
+    counters: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """What kernels of projections take first, of one token or several; what is not there is stood in for."""
+    n = y.shape[-1]
+    assert y.dtype == torch.float32
+    assert weight.n == (2 * n if kind == "gated" else n)
+    assert bias is None or (bias.shape == (weight.n,) and bias.dtype == torch.float32)
+    written = _activations(to)
+    if written is not None:
+        assert kind == ("add" if isinstance(to, Normed) else "gated")
+        assert (written.tokens, written.planes.k) == (x.tokens, n)
+    return (
         weight.words,
         weight.scales,
         x.planes.q,
@@ -89,34 +117,38 @@ def project(
         y if written is None else written.planes.scales,
         y if written is None or written.squares is None else written.squares,
         x.planes.q if counters is None else counters,
-        weight.words if following is None else following.words,
-        n,
-        0 if following is None else following.n,
-        K=weight.k,
-        G=weight.group,
-        BITS=weight.bits,
-        XC=x.planes.q.shape[3],
-        BN=tile.rows,
-        BW=tile.columns,
-        HAS_BIAS=bias is not None,
-        NORMED=x.squares is not None,
-        EPS=x.eps,
-        KIND=kind,
-        ACTIVATION=activation,
-        C_OUT=layout[0],
-        XC_OUT=layout[1],
-        FOLD_OUT=layout[2],
-        PDL=pdl,
-        ONWARD=onward,
-        AHEAD=ahead,
-        **({"ROUNDS": tile.rounds} if whole else {"EARLY": early}),
-        NEXT_PITCH=pitch if lines else 1,
-        NEXT_LINES=max(lines, 1),
-        NEXT_SHARE=cdiv(following.n * lines, programs) if lines and following else 0,
-        EMULATE=INTERPRETED,
-        num_warps=tile.warps,
-        **launch_options(pdl),
     )
+
+
+def constants(
+    x: Activations,
+    weight: ArrangedWeight,
+    bias: torch.Tensor | None,
+    kind: Kind,
+    activation: Activation,
+    to: Normed | Activations | None,
+) -> dict[str, int | float | str | None]:
+    """What they are compiled for, but for their tiles."""
+    written = _activations(to)
+    columns, width, fold = (0, 0, 1.0) if written is None else plane_layout(written.planes)
+    return {
+        "K": weight.k,
+        "G": weight.group,
+        "BITS": weight.bits,
+        "XC": x.planes.q.shape[3],
+        "HAS_BIAS": bias is not None,
+        "NORMED": x.squares is not None,
+        "EPS": x.eps,
+        "KIND": kind,
+        "ACTIVATION": activation,
+        "C_OUT": columns,
+        "XC_OUT": width,
+        "FOLD_OUT": fold,
+    }
+
+
+def _activations(to: Normed | Activations | None) -> Activations | None:
+    return to.to if isinstance(to, Normed) else to
 
 
 def project_dense(
