@@ -13,26 +13,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lbq.runtime.kernels.arrivals import arrived, let_in, take_turn
+from lbq.runtime.kernels.arrivals import let_in, take_turn
 from lbq.runtime.kernels.attention.triton import (
     _LOG2_E,
     _LOWEST,
     angles,
+    hand_in,
     head,
     inside,
     load_signs,
-    merge,
     norm_weights,
-    out_of_text,
     part_of,
     soften,
     turn,
 )
-from lbq.runtime.kernels.gemv.triton import call
+from lbq.runtime.kernels.gemv.triton import _INFINITY, _TINY, call
 from lbq.runtime.turn import LARGEST as _LARGEST
 
-_INFINITY = tl.constexpr(float("inf"))
-_TINY = tl.constexpr(1e-30)
 LARGEST = tl.constexpr(_LARGEST)
 # Of two pairs of int8 the first and the second ones as float16: a byte with its sign bit turned, under the exponent of
 # 1024, is 1152 + its value.
@@ -339,31 +336,10 @@ def attend_packed(
     tl.store(part_ptr + (at + g) * D + w, tl.join(even, odd).reshape(GP, WP), mask=own)
     if BITS == 4:
         tl.store(part_ptr + (at + g) * D + W + w, tl.join(high_even, high_odd).reshape(GP, WP), mask=own)
-    row = tl.arange(0, GP)
-    tl.store(peak_ptr + at + row, peak, mask=row < G)
-    tl.store(sum_ptr + at + row, tl.sum(weights, axis=1), mask=row < G)
-    if arrived(arrivals_ptr, text * KV_HEADS + h, parts):
-        q_at, s_at = out_of_text(text, q_out_ptr, s_out_ptr, KV_HEADS * G * D, C_OUT, XC_OUT, SIZE_OUT)
-        merge(
-            part_ptr,
-            peak_ptr,
-            sum_ptr,
-            signs_ptr,
-            q_at,
-            s_at,
-            h,
-            parts,
-            KV_HEADS,
-            G,
-            D,
-            SIZE if BITS == 4 else 0,
-            SPLITS,
-            TOGETHER,
-            C_OUT,
-            XC_OUT,
-            FOLD_OUT,
-            SIZE_OUT,
-        )
+    hand_in(
+        peak, weights, at, part_ptr, peak_ptr, sum_ptr, signs_ptr, arrivals_ptr, q_out_ptr, s_out_ptr, text, h, parts,
+        KV_HEADS, G, D, SIZE if BITS == 4 else 0, SPLITS, TOGETHER, C_OUT, XC_OUT, FOLD_OUT, SIZE_OUT,
+    )  # fmt: skip
 
 
 @triton.jit

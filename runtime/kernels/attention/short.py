@@ -18,11 +18,8 @@ import triton
 import triton.language as tl
 
 from lbq.runtime.kernels.arrivals import arrived, let_in, take_turn
-from lbq.runtime.kernels.attention.triton import angles, head, norm_weights, out_of_text
+from lbq.runtime.kernels.attention.triton import _LOG2_E, _LOWEST, angles, head, norm_weights, out_of_text
 from lbq.runtime.kernels.gemv.triton import store_planes
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(float("-inf"))
 
 
 @triton.jit

@@ -195,31 +195,49 @@ def attend(
 
     at = (h * SPLITS + split) * G
     tl.store(part_ptr + (at + g) * D + d, acc, mask=own)
-    row = tl.arange(0, GP)
+    hand_in(
+        peak, weights, at, part_ptr, peak_ptr, sum_ptr, qkv_ptr, arrivals_ptr, q_out_ptr, s_out_ptr, text, h, parts,
+        KV_HEADS, G, D, 0, SPLITS, TOGETHER, C_OUT, XC_OUT, FOLD_OUT, SIZE_OUT,
+    )  # fmt: skip
+
+
+@triton.jit
+def hand_in(
+    peak,
+    weights,
+    at,
+    part_ptr,
+    peak_ptr,
+    sum_ptr,
+    signs_ptr,
+    arrivals_ptr,
+    q_out_ptr,
+    s_out_ptr,
+    text,
+    h,
+    parts,
+    KV_HEADS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    TURNED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    C: tl.constexpr,
+    XC: tl.constexpr,
+    FOLD: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Leave a part's peaks [GP] and the sums of its weights [GP, BLOCK] beside it, from row ``at`` on; the last of the
+    parts to arrive merges them: see ``merge``."""
+    row = tl.arange(0, peak.shape[0])
     tl.store(peak_ptr + at + row, peak, mask=row < G)
     tl.store(sum_ptr + at + row, tl.sum(weights, axis=1), mask=row < G)
     if arrived(arrivals_ptr, text * KV_HEADS + h, parts):
-        q_at, s_at = out_of_text(text, q_out_ptr, s_out_ptr, KV_HEADS * G * D, C_OUT, XC_OUT, SIZE_OUT)
+        q_at, s_at = out_of_text(text, q_out_ptr, s_out_ptr, KV_HEADS * G * D, C, XC, SIZE)
         merge(
-            part_ptr,
-            peak_ptr,
-            sum_ptr,
-            qkv_ptr,
-            q_at,
-            s_at,
-            h,
-            parts,
-            KV_HEADS,
-            G,
-            D,
-            0,
-            SPLITS,
-            TOGETHER,
-            C_OUT,
-            XC_OUT,
-            FOLD_OUT,
-            SIZE_OUT,
-        )
+            part_ptr, peak_ptr, sum_ptr, signs_ptr, q_at, s_at, h, parts,
+            KV_HEADS, G, D, TURNED, SPLITS, TOGETHER, C, XC, FOLD, SIZE,
+        )  # fmt: skip
 
 
 @triton.jit
