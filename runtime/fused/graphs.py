@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lbq.runtime.cache import DecoderState
+from lbq.runtime.cache import DecoderState, KVCache
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels.sample import Chain, Choice, choose
 
@@ -18,12 +18,14 @@ class StepGraphs:
         """``graphs=False`` launches kernel by kernel, on any device."""
         self._step, self._chain, self._state, self._pdl = step, chain, state, pdl
         self._use_graphs = graphs
+        packed = any(isinstance(cache, KVCache) and cache.scales is not None for cache in state.layers)
+        self._until = 0 if packed else step.short_until  # caches of few bits have one way for texts of any length
         self._graphs: dict[tuple[Choice | None, bool], torch.cuda.CUDAGraph] = {}
 
     def launch(self, choice: Choice | None, position: int) -> None:
         """A step at the position that the chain holds, of several texts the highest, and the choice of the next token,
         if any."""
-        short = position < self._step.short_until
+        short = position < self._until
         if not self._use_graphs:
             self.run(choice, short)
             return
