@@ -15,11 +15,13 @@ import torch
 
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.formats.packing import PackedWeight
+from lbq.formats.spec import ModelSpec
 from lbq.runtime.batch import OneByOne
 from lbq.runtime.cache import KVCache
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.engine_cuda import BUCKET, CudaEngine
+from lbq.runtime.kernels.gpu import gpu_of
 from lbq.runtime.kernels.linear import Choice, Linear, Matrix
 from lbq.runtime.text.batch import Batch
 from lbq.runtime.text.generation import Engine
@@ -71,6 +73,9 @@ class CpuDevice:
 
     def check_context(self, decoder: Decoder, context: int) -> None:
         """Nothing: the cache grows with the text."""
+
+    def check_cache(self, spec: ModelSpec) -> None:
+        """Nothing: any cache can be opened."""
 
     def prepare(self, nbytes: int) -> None:
         """Nothing: weights stay mapped."""
@@ -149,8 +154,28 @@ class CudaDevice:
 
     def check_context(self, decoder: Decoder, context: int) -> None:
         """Raise DeviceError for a context whose keys and values the memory that is left does not hold."""
-        smaller = {torch.int8: "int4", torch.uint8: None}.get(self.cache_dtype(context, decoder), "int8")
+        fours = "int4" if self.int4_trouble(decoder.spec) is None else None
+        smaller = {torch.int8: fours, torch.uint8: None}.get(self.cache_dtype(context, decoder), "int8")
         check_fit(context, partial(self._token_bytes, decoder), _free_bytes(), smaller)
+
+    def check_cache(self, spec: ModelSpec) -> None:
+        """Raise DeviceError for keys and values that this GPU has no room to attend to, before there are weights."""
+        trouble = self.int4_trouble(spec) if self.kv_cache == "int4" else None
+        if trouble is not None:
+            raise DeviceError(f"keys and values in int4: {trouble}: try --kv-cache int8")
+
+    def int4_trouble(self, spec: ModelSpec) -> str | None:
+        """Why this GPU cannot attend to int4 keys and values of ``spec``, or None where it can, or opens them first."""
+        widest = max(kind.mixer.head_dim for kind in spec.layer_kinds)
+        gpu = gpu_of(self.device) if self.fused and not self.exact and widest > 128 else None
+        if gpu is None:
+            return None
+        from lbq.runtime.kernels.attention import Heads, no_room, why_not
+
+        heads = [Heads.of(kind.mixer) for kind in spec.layer_kinds]
+        if any(map(why_not, heads)):  # such steps are not fused
+            return None
+        return next(filter(None, (no_room(each, 4, gpu) for each in heads)), None)
 
     def prepare(self, nbytes: int) -> None:
         """For so many bytes of weights that are going to be moved: a call for the memory of each of their matrices

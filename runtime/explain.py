@@ -162,23 +162,28 @@ class _OnCuda:
         return None
 
     def _one_attends(self) -> str:
-        from lbq.runtime.kernels.attention import Heads
+        from lbq.runtime.kernels.attention import Heads, shared_memory
+        from lbq.runtime.kernels.gpu import LEAST_SHARED
 
+        heads = [Heads.of(each.mixer) for each in self._spec.layer_kinds]
         kind, longer = (name_of(self._device.cache_dtype(n)) for n in (LONG_CONTEXT, LONG_CONTEXT + 1))
         if longer != kind and self._fallback is None:
             kind += f", in {longer} for a context of more than {LONG_CONTEXT} tokens"
         if self._fallback is not None:
             return f"torch's scaled_dot_product_attention; keys and values in {kind}"
         if self._sms is None:
-            return f"split over the text, in as many parts as suit the GPU; keys and values in {kind}"
-        heads = [Heads.of(each.mixer) for each in self._spec.layer_kinds]
+            most = max(shared_memory(each, 4) for each in heads)
+            four = f" (int4 takes {most >> 10} kB of shared memory a program)" if most > LEAST_SHARED else ""
+            return f"split over the text, in as many parts as suit the GPU; keys and values in {kind}{four}"
         splits = dict.fromkeys(
             self._plan().splitting(each, self._sms, self._device.cache_dtype(LONG_CONTEXT)) for each in heads
         )
         how = "; ".join(f"up to {s.splits} parts a head, {s.block} tokens at a time on {s.warps} warps" for s in splits)
         shorts = [short for each in heads if (short := self._plan().shortening(each)) is not None]
         until = f"a few tokens a program up to {max(short.until for short in shorts)} tokens, then " if shorts else ""
-        return f"one launch a layer, the text {until}in {how}; keys and values in {kind}"
+        trouble = self._device.int4_trouble(self._spec)
+        not_four = f" (not in int4: {trouble})" if trouble else ""
+        return f"one launch a layer, the text {until}in {how}; keys and values in {kind}{not_four}"
 
     def _ways(self, use: KernelUse) -> tuple[Way, ...]:
         from lbq.runtime.kernels.batch import why_not

@@ -478,6 +478,7 @@ def open_weights(
         most = weights.spec.context
         if context is not None and not (isinstance(context, int) and 1 <= context <= most):
             raise UsageError(f"context {context}: {weights.folder} was made for 1 to {most} tokens")
+        where.check_cache(weights.spec)
         return Model(weights, where, context, strict=strict)
     except BaseException:
         weights.close()

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from lbq.formats.errors import DeviceError
 from lbq.runtime.bench import sweep
 from lbq.runtime.bench.reference import Check
+from lbq.runtime.devices import CpuDevice
 from lbq.runtime.engine import DecoderEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -242,6 +244,19 @@ def test_what_was_measured_before_a_failure_is_shown(
 def test_usage(bench: Callable[..., Any], options: tuple[str, ...], said: str) -> None:
     done = bench(*options)
     assert (done.code, said in done.error) == (2, True), done
+
+
+@pytest.mark.parametrize("command", ["bench", "profile"])
+def test_a_cache_that_a_gpu_has_no_room_for(
+    lbq: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise DeviceError("keys and values in int4: no room")
+
+    monkeypatch.setattr(CpuDevice, "check_cache", refuse)
+    monkeypatch.setattr(sweep, "bind", lambda *_: pytest.fail("weights were bound"))
+    done = lbq(command, "--device", "cpu", "--shape", "tiny", "--kv-cache", "int4")
+    assert (done.code, done.out, done.error) == (7, "", "keys and values in int4: no room")
 
 
 def test_a_missing_artifact(bench: Callable[..., Any]) -> None:

@@ -33,6 +33,7 @@ def profile_variant(
     if depth > most:
         raise UsageError(f"depth {depth}: the model was made for {variant.spec.context} tokens; at most {most}")
     with device_errors(SMALLER):
+        device.check_cache(variant.spec)
         on = machine(device.device)
         decoder = bind(variant.open(device.device), device).decoder
         found = profile_decode(decoder, device, variant.quantized, depth, steps, trace)

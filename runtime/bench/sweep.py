@@ -250,6 +250,7 @@ def measure(
     for variant in variants:
         cases = [Case(variant.label, depth, batch) for depth in depths for batch in batches]
         with device_errors(SMALLER):
+            device.check_cache(variant.spec)
             yield from _Measuring(variant, on, device, load).rows(cases, on_case)
         gc.collect()
         if on.kind == "cuda":

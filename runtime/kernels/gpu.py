@@ -10,14 +10,17 @@ from functools import cache
 
 import torch
 
+LEAST_SHARED = 99 << 10  # bytes of shared memory that a program can have on sm_86, 89 and 120
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """``name``: as torch has it."""
+    """``name``: as torch has it; ``shared_memory``: bytes that a program can have."""
 
     name: str
     capability: tuple[int, int]
     multiprocessors: int
+    shared_memory: int = LEAST_SHARED
 
 
 _meant: ContextVar[Gpu | None] = ContextVar("meant", default=None)
@@ -43,4 +46,5 @@ def _described(device: torch.device) -> Gpu | None:
     if device.type != "cuda":
         return None
     found = torch.cuda.get_device_properties(device)
-    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count)
+    shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count, shared)

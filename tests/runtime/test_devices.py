@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from triton.runtime.errors import OutOfResources
 
 from lbq.formats.errors import DeviceError, UsageError
 from lbq.runtime import devices
+from lbq.runtime.binding import bind
 from lbq.runtime.devices import CpuDevice, CudaDevice, check_fit, device_errors, find_device, fitting_context
+from lbq.runtime.kernels.gpu import Gpu, meaning
 
 GB = 1 << 30
 
@@ -108,6 +111,42 @@ def test_int8_keys_and_values():
         find_device("cpu", exact=True, kv_cache="int8")
     with pytest.raises(UsageError, match="kv_cache int2: auto, float, int8 or int4"):
         find_device("cpu", exact=False, kv_cache="int2")
+
+
+SMALL_GPU, LARGE_GPU = Gpu("GeForce", (8, 6), 28), Gpu("A100", (8, 0), 108, 163 << 10)
+INT4 = CudaDevice(False, kv_cache="int4", device=torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "gpu"),
+    [
+        (INT4, 256, LARGE_GPU),
+        (INT4, 128, SMALL_GPU),
+        (INT4, 288, SMALL_GPU),  # not by the fused step
+        (replace(INT4, fused=False), 256, SMALL_GPU),
+        (replace(INT4, kv_cache="int8"), 256, SMALL_GPU),
+        (CpuDevice(False, kv_cache="int4"), 256, SMALL_GPU),
+    ],
+)
+def test_caches_that_a_gpu_has_room_for(make_tiny, device, head_dim, gpu):
+    with meaning(gpu):
+        device.check_cache(make_tiny("qwen3-qk-norm", head_dim=head_dim).weights.spec)
+
+
+def test_a_cache_that_a_gpu_has_no_room_for(make_tiny):
+    spec = make_tiny("qwen3-qk-norm", head_dim=160).weights.spec
+    said = r"^keys and values in int4: heads of 160 take 144 kB .*, of which GeForce has 99: try --kv-cache int8$"
+    with meaning(SMALL_GPU), pytest.raises(DeviceError, match=said):
+        INT4.check_cache(spec)
+
+
+@pytest.mark.parametrize("gpu", [SMALL_GPU, LARGE_GPU])
+def test_no_smaller_cache_is_advised_that_would_be_refused(make_tiny, reference_kernels, monkeypatch, gpu):
+    decoder = bind(make_tiny("qwen3-qk-norm", head_dim=256).weights, reference_kernels).decoder
+    monkeypatch.setattr(devices, "_free_bytes", lambda: 0)
+    with meaning(gpu), pytest.raises(DeviceError, match="--device cpu") as caught:
+        replace(INT4, kv_cache="int8").check_context(decoder, 100)
+    assert ("--kv-cache int4" in str(caught.value)) == (gpu is LARGE_GPU)
 
 
 @pytest.mark.parametrize(

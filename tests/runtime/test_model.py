@@ -271,6 +271,15 @@ def test_strict_refuses_a_gpu_that_is_not_used(kept_artifact, monkeypatch):
         load(kept_artifact, strict=True)
 
 
+def test_a_cache_that_a_gpu_has_no_room_for_is_refused_before_weights_are_bound(kept_artifact, monkeypatch):
+    found = CudaDevice(exact=False, kv_cache="int4", device=torch.device("meta"))
+    monkeypatch.setattr("lbq.runtime.model.find_device", lambda *_, **__: found)
+    monkeypatch.setattr("lbq.runtime.model.bind", lambda *_: pytest.fail("weights were bound"))
+    monkeypatch.setattr(CudaDevice, "int4_trouble", lambda *_: "heads of 256")
+    with pytest.raises(DeviceError, match="in int4: heads of 256: try --kv-cache int8"):
+        open_model(kept_artifact, kv_cache="int4")
+
+
 def test_strict_refuses_slower_ways_of_prompts_and_of_several_texts(kept_artifact, monkeypatch):
     model = load(kept_artifact, strict=True, **CPU)
     model.bind()

@@ -12,6 +12,7 @@ from lbq.runtime.kernels.attention import packed
 from lbq.runtime.kernels.attention import short as short_kernel
 from lbq.runtime.kernels.attention import triton as kernels
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
+from lbq.runtime.kernels.gpu import LEAST_SHARED, Gpu
 from lbq.runtime.kernels.planes import Activations, launch_options, plane_layout
 from lbq.runtime.turn import Turn
 
@@ -24,7 +25,9 @@ __all__ = [
     "Split",
     "attend",
     "attend_short",
+    "no_room",
     "serves_short",
+    "shared_memory",
     "split_for",
     "why_not",
     "writes_planes",
@@ -167,6 +170,21 @@ def why_not(heads: Heads) -> str | None:
     if not writes_planes(heads, 32):
         return f"{heads.group} heads of {heads.dim} share keys, and {heads.dim} is no multiple of 32 nor a power of two"
     return None
+
+
+def shared_memory(heads: Heads, bits: int) -> int:
+    """Bytes of it that a program takes at most, by ``split_for``, on a cache of so many bits: what every GPU has, but
+    where 4 bits are turned by 256 × 256 signs."""
+    return 144 << 10 if bits == 4 and heads.dim > 128 else LEAST_SHARED
+
+
+def no_room(heads: Heads, bits: int, gpu: Gpu) -> str | None:
+    """Why ``gpu`` cannot attend to a cache of so many bits, or None where it can."""
+    needed = shared_memory(heads, bits)
+    if needed <= gpu.shared_memory:
+        return None
+    had = gpu.shared_memory >> 10
+    return f"heads of {heads.dim} take {needed >> 10} kB of shared memory a program, of which {gpu.name} has {had}"
 
 
 def serves_short(heads: Heads) -> bool:

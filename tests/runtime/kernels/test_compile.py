@@ -19,7 +19,7 @@ from lbq.runtime.ahead import PROMPTS, Job
 from lbq.runtime.bench.shapes import SHAPES as MODELS
 from lbq.runtime.bench.weights import RandomWeights
 from lbq.runtime.fused.tables import Table, shipped
-from lbq.runtime.kernels.attention import Heads, _together, packed, short, split_for
+from lbq.runtime.kernels.attention import Heads, _together, packed, shared_memory, short, split_for
 from lbq.runtime.kernels.attention import triton as attention
 from lbq.runtime.kernels.batch import BatchTile
 from lbq.runtime.kernels.batch import triton as batch
@@ -28,7 +28,7 @@ from lbq.runtime.kernels.dequant import triton as dequant
 from lbq.runtime.kernels.gemv import Tile, plane_columns, tile
 from lbq.runtime.kernels.gemv import triton as gemv
 from lbq.runtime.kernels.gemv.tiles import codes_a_column
-from lbq.runtime.kernels.gpu import Gpu
+from lbq.runtime.kernels.gpu import LEAST_SHARED, Gpu
 from lbq.runtime.kernels.planes import triton as planes
 from lbq.runtime.kernels.project import triton as project
 from lbq.runtime.kernels.prompt import attention_tile
@@ -41,7 +41,6 @@ pytestmark = pytest.mark.skipif(gemv.INTERPRETED, reason="the interpreter compil
 
 # Multiprocessors of one GPU of each capability: the tile rule follows them. A100, RTX 3060, 4060, H200, 5050.
 SM_COUNTS = {80: 108, 86: 28, 89: 24, 90: 132, 120: 20}
-SHARED_LIMIT = 99 * 1024  # of one program on sm_86, 89 and 120
 # N, K of the projections of an 8B, a 0.6B and a 135M model
 SHAPES = [(28672, 4096), (4096, 14336), (12288, 2048), (6144, 1024), (576, 576)]
 VECTOR = ".v4.b32"
@@ -68,7 +67,7 @@ def _compile(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
-def _check(compiled: Any, tmp_path: Path, shared_limit: int = SHARED_LIMIT, stack: int = 0) -> list[str]:
+def _check(compiled: Any, tmp_path: Path, shared_limit: int = LEAST_SHARED, stack: int = 0) -> list[str]:
     """No spills past ``stack`` bytes, bounded shared memory; returns the global loads of the PTX."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
@@ -304,6 +303,7 @@ def test_attention_of_a_fused_step(capability: int, tmp_path: Path) -> None:
     shapes = [(4, 128, 16), (7, 64, 16), (1, 96, 16), (2, 128, 8), (4, 128, 4), (3, 256, 16), (3, 256, 8)]
     for group, dim, bits in shapes if capability in SOME else shapes[:1]:
         compiled = _attend(capability, group, dim, bits=bits)
+        assert shared_memory(Heads(8, group, dim, dim, 1.0), bits) == LEAST_SHARED
         _check(compiled, tmp_path, stack=8)  # what every lane needs once, at the end
         assert "mma.sync" in compiled.asm["ptx"]
         cached = re.findall(
@@ -318,6 +318,12 @@ def test_attention_of_a_fused_step(capability: int, tmp_path: Path) -> None:
             assert "sub.f16x2" in loop
             assert not re.search(r"cvt\.rn\.f16\.s|cvt\.rn\.f32\.s(8|16)|ld\.shared\.[bus]8", loop)
         assert "atom.global.gpu.acq_rel" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("dim", [160, 256])
+def test_what_is_refused_does_not_fit(dim: int) -> None:
+    needed = _attend(86, 3, dim, bits=4).metadata.shared
+    assert LEAST_SHARED < needed <= shared_memory(Heads(8, 3, dim, dim, 1.0), 4)
 
 
 @pytest.mark.parametrize("capability", SM_COUNTS)
@@ -430,7 +436,7 @@ def test_attention_of_prompts(capability: int, tmp_path: Path) -> None:
         constants = {"KV_HEADS": 8, "G": 4, "D": dim, "SCALE": dim**-0.5, "WINDOW": window}
         constants |= {"BM": tile.tokens, "BN": tile.block, "STAGES": tile.stages}
         compiled = _compile(prompt.attend, capability, tile.warps, types, constants)
-        _check(compiled, tmp_path, 160 * 1024 if capability == 90 else SHARED_LIMIT)
+        _check(compiled, tmp_path, 160 * 1024 if capability == 90 else LEAST_SHARED)
         assert "cp.async" in compiled.asm["ptx"]
         assert ("wgmma" if capability == 90 and m > 16 else "mma.sync") in compiled.asm["ptx"]
 
@@ -483,7 +489,7 @@ def _check_all(gpu: Gpu, kernels: list[Kernel], tmp_path: Path) -> None:
             compiled = kernel.compile()
         large = gpu.capability[0] in (9, 10)
         # For sm_100 a product of int8 has a frame of 16 bytes, into which nothing is written.
-        loads = _check(compiled, tmp_path, 226 * 1024 if large else SHARED_LIMIT, 16 if gpu.capability[0] == 10 else 8)
+        loads = _check(compiled, tmp_path, 226 * 1024 if large else LEAST_SHARED, 16 if gpu.capability[0] == 10 else 8)
         weights = [load for load in loads if "evict_first" in load]
         assert all(VECTOR in load for load in weights), f"{kernel.function.__name__}: {loads}"
 
