@@ -145,7 +145,14 @@ class _OnCuda:
         trouble = self._why_no_prompt_kernel()
         if trouble is not None:
             return f"{one}; prompts by torch's scaled_dot_product_attention: {trouble}"
-        return f"{one}; prompts by a causal kernel of their own, 128 tokens a program"
+        return f"{one}; prompts by a causal kernel of their own, {self._prompt_tokens()} tokens a program"
+
+    def _prompt_tokens(self) -> str:
+        """Of a long prompt, "64 or 128" where layers differ in their heads."""
+        from lbq.runtime.kernels.prompt import attention_tile
+
+        tokens = {attention_tile(kind.mixer.head_dim, LONG_CONTEXT, False).tokens for kind in self._spec.layer_kinds}
+        return " or ".join(map(str, sorted(tokens)))
 
     def _why_no_prompt_kernel(self) -> str | None:
         """What ``prompts.why_not`` will say of the bound decoder."""

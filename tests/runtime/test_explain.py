@@ -82,6 +82,17 @@ def test_how_prompts_attend(make_tiny):
     assert "prompts" not in explained(tiny.weights, CudaDevice(exact=True)).attention
 
 
+def test_heads_wider_than_128(make_tiny, monkeypatch):
+    weights = make_tiny("llama3-rope", head_dim=256, num_attention_heads=2, num_key_value_heads=1).weights
+    assert "64 tokens a program" in explained(weights, GPU).attention
+    assert "(int4 takes 144 kB of shared memory a program)" in explained(weights, GPU).attention
+    pretend(monkeypatch, 28, (8, 6))
+    assert "(not in int4: heads of 256 take 144 kB of shared memory" in explained(weights, GPU).attention
+    narrow = explained(make_tiny("llama3-rope").weights, GPU).attention
+    assert "128 tokens a program" in narrow
+    assert "int4" not in narrow
+
+
 def test_tiles_of_a_gpu(make_tiny, monkeypatch):
     pretend(monkeypatch, 132)
     found = explained(make_tiny("llama3-rope", hidden_size=2048).weights, GPU)
