@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from lbq.runtime.text.batch import BROKEN
 from lbq.runtime.text.generation import Engine
-from lbq.runtime.text.sampling import Sampler, SamplingOptions
+from lbq.runtime.text.sampling import BrokenLogitsError, Sampler, SamplingOptions
 
 
 class OneByOne:
     """A :class:`lbq.runtime.text.batch.Batch` of engines, whose texts take a step one after the other."""
 
-    def __init__(self, engines: Sequence[Engine], fallback: str | None) -> None:
-        self.engines = list(engines)
-        self.places, self.context = len(engines), engines[0].context
+    def __init__(self, make: Callable[[], Engine], places: int, fallback: str | None) -> None:
+        """``make`` gives an engine with an empty state."""
+        self._make = make
+        self.engines = [make() for _ in range(places)]
+        self.places, self.context = places, self.engines[0].context
         self.fallback = fallback
         self._samplers: dict[int, Sampler] = {}
         self._logits: list[torch.Tensor | None] = [None] * self.places
@@ -41,7 +44,11 @@ class OneByOne:
             self._step(place)
             logits = self._logits[place]
             assert logits is not None
-            found[place] = self._last[place] = sampler.choose(logits)
+            try:
+                found[place] = self._last[place] = sampler.choose(logits)
+            except BrokenLogitsError:
+                found[place] = BROKEN
+                self.engines[place] = self._make()  # keys that overflowed stay in slots that a later text masks
         return found
 
     def step(self) -> None:

@@ -104,7 +104,7 @@ class CpuDevice:
         return 1
 
     def batch(self, decoder: Decoder, context: int, places: int) -> Batch:
-        return OneByOne([self.engine(decoder, context) for _ in range(places)], self.batch_fallback(decoder, places))
+        return OneByOne(partial(self.engine, decoder, context), places, self.batch_fallback(decoder, places))
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class CudaDevice:
     def batch(self, decoder: Decoder, context: int, places: int) -> Batch:
         fallback = self.batch_fallback(decoder, places)
         if fallback is not None:
-            return OneByOne([self.engine(decoder, context) for _ in range(places)], fallback)
+            return OneByOne(partial(self.engine, decoder, context), places, fallback)
         from lbq.runtime.fused.batch import FusedBatch
 
         layers, dtype = self._prompt_layers(decoder), self.cache_dtype(context, decoder)

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, TypedDict, Unpack
 import torch
 
 from lbq.formats.artifact import open_artifact
-from lbq.formats.errors import DeviceError, UsageError
+from lbq.formats.errors import DataError, DeviceError, UsageError
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.spec import ModelSpec
 from lbq.runtime.ahead import Job, compiled_ahead, job_for
@@ -34,7 +34,7 @@ from lbq.runtime.text.generation import (
     check_room,
     stream_text,
 )
-from lbq.runtime.text.sampling import SEEDS
+from lbq.runtime.text.sampling import SEEDS, BrokenLogitsError
 from lbq.runtime.text.session import ChatSession
 from lbq.runtime.text.tokenizer import Tokenizer
 
@@ -104,14 +104,19 @@ class CacheUse:
 
 @dataclass(frozen=True)
 class Result:
-    """A generated text and how it ended."""
+    """A generated text and how it ended.
+
+    ``error``: what ended it before its time, where it was one of several texts and the others went on; ``text`` is what
+    there was until then, and ``finish.reason`` is "error".
+    """
 
     text: str
     finish: Finish
+    error: DataError | None = None
 
 
 class TextStream(Iterator[str]):
-    """Pieces of a text as they come; ``finish`` is set after the last."""
+    """Pieces of a text as they come; ``finish`` is set after the last, also where an error ends the text."""
 
     def __init__(self, items: Generator[str | Finish, None, None]) -> None:
         self._items = items
@@ -326,7 +331,8 @@ class Model:
         costs one pass over the weights for all of them. A prompt that waits takes the place of a text that has ended,
         and is taken in while the others wait. Where texts gain nothing by it they are generated one after the other: on
         a CPU, in float32, with 3-bit weights. A text does not depend on those beside it, up to the rounding of sums;
-        with a ``seed`` text i is drawn with ``seed`` + i.
+        with a ``seed`` text i is drawn with ``seed`` + i. A text whose logits are not finite numbers ends alone: its
+        result has an ``error``.
         """
         if isinstance(prompts, str):
             raise UsageError("prompts is a text: it must be a list of texts or of chats")
@@ -351,7 +357,7 @@ class Model:
         think: bool | None = None,
         **settings: Unpack[GenerationSettings],
     ) -> list[Result]:
-        """As :meth:`stream_batch`, all texts in the order of their prompts."""
+        """As :meth:`stream_batch`, all texts in the order of their prompts; look for results with an ``error``."""
         found = dict(self.stream_batch(prompts, places=places, chat=chat, think=think, **settings))
         return [found[i] for i in range(len(found))]
 
@@ -394,15 +400,13 @@ class Model:
             wanted = 1 if wanted <= 1 else min(wanted, self._on.most_places(decoder, slots))
         if wanted <= 1:
             for i, (request, on) in enumerate(zip(requests, continues, strict=True)):
-                stream = TextStream(self._items(ready.engines, list(request.ids), request.options, continues_text=on))
-                text = "".join(stream)
-                assert stream.finish is not None
-                yield i, Result(text, stream.finish)
+                items = self._items(ready.engines, list(request.ids), request.options, continues_text=on)
+                yield i, _whole(TextStream(items))
             return
         with device_errors():
             batch = self._on.batch(decoder, slots, wanted)
             for i, text, finish in batch_texts(batch, self.tokenizer, requests, self.end_ids, continues=continues):
-                yield i, Result(text, finish)
+                yield i, Result(text, finish, BrokenLogitsError() if finish.reason == "error" else None)
 
     def _refuse_turns(self, decoder: Decoder, places: int) -> None:
         """Under ``strict``: raise DeviceError for a GPU on which several texts would take turns."""
@@ -422,6 +426,19 @@ def _numbered(options: GenerationOptions, i: int) -> GenerationOptions:
     """Those of text ``i`` of several: with a seed of its own."""
     seed = options.sampling.seed
     return replace(options, sampling=replace(options.sampling, seed=None if seed is None else (seed + i) % SEEDS))
+
+
+def _whole(stream: TextStream) -> Result:
+    """A text to its end, which may be broken logits."""
+    pieces: list[str] = []
+    error = None
+    try:
+        for piece in stream:
+            pieces.append(piece)  # noqa: PERF402  what there is when it raises is kept
+    except BrokenLogitsError as raised:
+        error = raised
+    assert stream.finish is not None
+    return Result("".join(pieces), stream.finish, error)
 
 
 def _slots(request: Request, context: int) -> int:

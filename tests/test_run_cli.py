@@ -11,7 +11,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,31 @@ def test_prompts_of_a_file(answer: Answer, tmp_path: Path) -> None:
     path.write_text('\ufeff"hello"\n[{"role": "user", "content": "the cat"}]\n')
     done = answer("--prompts", path)
     assert [json.loads(line)["text"] for line in done.out.splitlines()] == [one["text"] for one in found[:2]]
+
+
+def test_broken_logits_of_one_prompt(answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("hello\n\nthe cat\nx\nthe dog\n")
+    whole = ("--prompts", path, "--seed", "1")  # with a seed prompts are taken in whole
+    sound = [json.loads(line) for line in answer(*whole).out.splitlines()]
+    prefill = DecoderEngine.prefill
+
+    def overflow(self: DecoderEngine, ids: Sequence[int]) -> torch.Tensor:
+        logits = prefill(self, ids)
+        return logits * float("nan") if len(ids) == sound[1]["prompt_tokens"] else logits
+
+    monkeypatch.setattr(DecoderEngine, "prefill", overflow)
+    done = answer(*whole)
+    found = [json.loads(line) for line in done.out.splitlines()]
+    assert (found[0], found[2]) == (sound[0], sound[2])
+    assert "error" not in found[0]
+    for one in found[1::2]:
+        assert (one["text"], one["reason"], one["tokens"]) == ("", "error", 0)
+        assert "not finite numbers" in one["error"]
+    assert "[4 texts, 40 tokens in " in done.err
+    assert done.code == 3
+    last = done.err.splitlines()[-1]
+    assert re.fullmatch(r"lbq: error: prompt 2: the model's logits are .*; 2 of 4 texts ended with an error", last)
 
 
 @pytest.mark.parametrize(

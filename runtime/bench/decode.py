@@ -17,9 +17,9 @@ from lbq.runtime.binding import Weights
 from lbq.runtime.cache import DecoderState, KVCache, MixerState, name_of
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.engine import DecoderEngine
-from lbq.runtime.text.batch import Batch
+from lbq.runtime.text.batch import BROKEN, Batch
 from lbq.runtime.text.generation import Engine, GenerationOptions, generate_tokens
-from lbq.runtime.text.sampling import SamplingOptions
+from lbq.runtime.text.sampling import BrokenLogitsError, SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,10 @@ class _Several:
         for place, ids in enumerate(prompts):
             self._batch.begin(place, ids, load.sampling, held=depth)
         for i in range(load.new):
-            yield [token for token in self._batch.tokens(more=i + 1 < load.new) if token is not None]
+            tokens = [token for token in self._batch.tokens(more=i + 1 < load.new) if token is not None]
+            if BROKEN in tokens:
+                raise BrokenLogitsError
+            yield tokens
 
     def last_logits(self, new: Sequence[Sequence[int]]) -> torch.Tensor:  # noqa: ARG002
         self._batch.step()

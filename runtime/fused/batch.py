@@ -7,7 +7,6 @@ from copy import copy
 
 import torch
 
-from lbq.formats.errors import DataError
 from lbq.runtime.cache import PACKED, DecoderState, MixerState
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
@@ -17,7 +16,8 @@ from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels.sample import Chain, Choice, choose
 from lbq.runtime.key_units import measure_units
-from lbq.runtime.text.sampling import BROKEN_LOGITS, SamplingOptions
+from lbq.runtime.text.batch import BROKEN
+from lbq.runtime.text.sampling import SamplingOptions
 
 
 def state_of(state: DecoderState, text: int) -> DecoderState:
@@ -80,6 +80,7 @@ class FusedBatch:
         self._graphs = StepGraphs(self._step, self._chain, self._state, pdl=plan.pdl, graphs=graphs)
         self._choices: dict[int, Choice] = {}  # of the places in use
         self._next = [0] * places  # the position of the last token chosen
+        self._overflowed: set[int] = set()  # places whose keys and values may be no numbers
         self._asking = _Asking(self._chain.history)
 
     @property
@@ -94,6 +95,9 @@ class FusedBatch:
 
     def begin(self, place: int, ids: Sequence[int], sampling: SamplingOptions, *, held: int = 0) -> None:
         text, part = self.engines[place], self._chain.of_text(place)
+        if place in self._overflowed:
+            text._state.wipe()
+            self._overflowed.remove(place)
         text._state.length = held
         logits = text.prefill(ids)
         self._choices[place] = make_ready(part, sampling, ids)
@@ -112,8 +116,7 @@ class FusedBatch:
         if more:
             self.step()
         found = self._asking.read()
-        if any(found[place] < 0 for place in self._choices):
-            raise DataError(BROKEN_LOGITS)
+        self._overflowed |= {place for place in self._choices if found[place] == BROKEN}
         return [token if place in self._choices else None for place, token in enumerate(found)]
 
     def step(self) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lbq.formats.errors import DataError
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.fused.graphs import StepGraphs
@@ -17,7 +16,7 @@ from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.fused.tables import device_table
 from lbq.runtime.kernels.gpu import gpu_of
 from lbq.runtime.kernels.sample import Chain, Choice, choose
-from lbq.runtime.text.sampling import BROKEN_LOGITS, SEEDS, SamplingOptions
+from lbq.runtime.text.sampling import SEEDS, BrokenLogitsError, SamplingOptions
 
 AHEAD = 1  # steps that run before the reader has seen what they go on from
 
@@ -66,7 +65,7 @@ class FusedEngine(DecoderEngine):
 
         The device works ahead of the reader: it computes the step after a token while the token is read, and nothing
         waits for the host. At a token, the text held is all before it; going on takes it in. ``prompt``: the ids that
-        the repetition penalty is for, beside those chosen. Raises DataError for logits that are not finite.
+        the repetition penalty is for, beside those chosen. Raises BrokenLogitsError for logits that are not finite.
         """
         start, device = self.position, self._decoder.device
         choice = make_ready(self._chain, options, prompt)
@@ -83,7 +82,7 @@ class FusedEngine(DecoderEngine):
                 tokens.ask(start + launched)
             token = tokens.read()
             if token < 0:
-                raise DataError(BROKEN_LOGITS)
+                raise BrokenLogitsError
             self._state.length = start + i
             yield token
             self._state.length = min(start + i + 1, start + launched)

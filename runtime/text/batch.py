@@ -16,6 +16,8 @@ from lbq.runtime.text.sampling import SamplingOptions
 from lbq.runtime.text.stops import StopStrings
 from lbq.runtime.text.tokenizer import Tokenizer
 
+BROKEN = -1  # in place of a token: the logits that were to choose it are not finite numbers
+
 
 class Batch(Protocol):
     """A model with places for several texts, which take their steps together."""
@@ -46,8 +48,8 @@ class Batch(Protocol):
         ...
 
     def tokens(self, *, more: bool = True) -> list[int | None]:
-        """The next token of every text, None where there is none; the device may compute the ones behind meanwhile
-        if ``more`` are wanted. Raises DataError for logits that are not numbers."""
+        """The next token of every text, None where there is none, BROKEN where it ends with an error; the device may
+        compute the ones behind meanwhile if ``more`` are wanted."""
         ...
 
     def step(self) -> None:
@@ -82,6 +84,8 @@ class _Text:
 
     def push(self, token: int, eos_ids: Collection[int]) -> Reason | None:
         """Take a token; why the text ends with it, if it does."""
+        if token == BROKEN:
+            return self._ended("error")
         self.last = time.perf_counter()
         self.first = self.first if self.steps else self.last
         self.steps += 1
@@ -103,9 +107,9 @@ class _Text:
             prompt_tokens=len(self.request.ids),
             reused_tokens=0,
             tokens=tuple(self.tokens),
-            seconds_to_first_token=self.first - self.began,
+            seconds_to_first_token=self.first - self.began if self.steps else 0.0,
             decode_seconds=self.last - self.first,
-            decode_steps=self.steps - 1,
+            decode_steps=max(0, self.steps - 1),
         )
 
 
@@ -131,8 +135,9 @@ def batch_texts(
         wanted, room = request.options.max_tokens, batch.context - len(request.ids)
         most = room if wanted is None else min(room, wanted)
         decoder, stops = tokenizer.stream(continues_text=continues[index]), StopStrings(request.options.stop)
-        active[place] = _Text(index, request, most, "length" if most == wanted else "context", decoder, stops)
+        text = _Text(index, request, most, "length" if most == wanted else "context", decoder, stops)
         batch.begin(place, request.ids, request.options.sampling)
+        active[place] = text
 
     assert all(0 < len(request.ids) < batch.context for request in requests)
     try:

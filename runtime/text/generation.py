@@ -14,12 +14,12 @@ import torch
 from lbq.formats.errors import DataError, UsageError
 from lbq.formats.json_file import decode
 from lbq.runtime.text.config import TokenId, read_optional
-from lbq.runtime.text.sampling import Sampler, SamplingOptions
+from lbq.runtime.text.sampling import BrokenLogitsError, Sampler, SamplingOptions
 from lbq.runtime.text.stops import StopStrings
 from lbq.runtime.text.tokenizer import Tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
-Reason = Literal["stop", "length", "eos", "context"]
+Reason = Literal["stop", "length", "eos", "context", "error"]
 
 
 class Engine(Protocol):
@@ -62,7 +62,7 @@ class Streams(Protocol):
         """At most ``most`` tokens that follow what the state holds, whose last ``logits`` are given.
 
         At a token the state holds all before it; going on takes the token in. ``prompt``: ids that the repetition
-        penalty is for. Raises DataError as :class:`Sampler`.
+        penalty is for. Raises BrokenLogitsError as :class:`Sampler`.
         """
         ...
 
@@ -135,7 +135,7 @@ class GenerationDefaults:
 class Finish:
     """How a text ended. Times are of the model and the sampling alone, whatever the reader of the stream did."""
 
-    reason: Reason  # a stop string; max_tokens; an eos token; a full context
+    reason: Reason  # a stop string; max_tokens; an eos token; a full context; logits that are not finite numbers
     prompt_tokens: int
     reused_tokens: int  # of the prompt, held from before and not computed again
     tokens: tuple[int, ...]  # the new ones, without eos
@@ -222,7 +222,8 @@ def stream_text(
     """Text that follows a prompt, in pieces of whole characters, and at the end one :class:`Finish`.
 
     ``continues_text``: the text is shown right after the prompt's, so that a leading space counts. The other
-    arguments and the errors are those of :func:`generate_tokens`.
+    arguments and the errors are those of :func:`generate_tokens`. A BrokenLogitsError comes behind a :class:`Finish` of
+    what there was until then.
     """
     tokens = generate_tokens(engine, prompt_ids, options, eos_ids, held=held)
     clock = _Clock(tokens)
@@ -230,9 +231,15 @@ def stream_text(
     stops = StopStrings(options.stop)
 
     def pieces() -> Generator[str | Finish, None, None]:
-        while not stops.stopped and (token := clock.next()) is not None:
-            if piece := stops.push(decoder.push(token)):
+        try:
+            while not stops.stopped and (token := clock.next()) is not None:
+                if piece := stops.push(decoder.push(token)):
+                    yield piece
+        except BrokenLogitsError:
+            if piece := stops.finish():
                 yield piece
+            yield clock.finish("error", len(prompt_ids), held)
+            raise
         if stops.stopped:
             tokens.close()
         elif piece := stops.finish():
@@ -270,7 +277,7 @@ class _Clock:
             prompt_tokens=prompt_tokens,
             reused_tokens=reused_tokens,
             tokens=tuple(self._tokens),
-            seconds_to_first_token=self._times[0],
+            seconds_to_first_token=sum(self._times[:1]),  # 0.0 where an error came before it
             decode_seconds=sum(self._times[1:]),
-            decode_steps=len(self._times) - 1,
+            decode_steps=max(0, len(self._times) - 1),
         )

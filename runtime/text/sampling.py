@@ -10,12 +10,18 @@ import torch
 
 from lbq.formats.errors import DataError, UsageError
 
-BROKEN_LOGITS = (
-    "the model's logits are not finite numbers: its weights are broken (lbq verify tells), or on a GPU "
-    "its keys and values do not fit the float16 cache (--dtype float32)"
-)
 SEEDS = 1 << 63  # there are so many
 _FIRST_LOOK = 512
+
+
+class BrokenLogitsError(DataError):
+    """Logits that are not finite numbers: the text ends before the token that they were to choose."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are not finite numbers: its weights are broken (lbq verify tells), or on a GPU "
+            "its keys and values do not fit the float16 cache (--dtype float32)"
+        )
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,8 @@ class Sampler:
     def choose(self, logits: torch.Tensor) -> int:
         """The next token from float32 logits [V] on any device, which are left as they are.
 
-        Raises DataError if the logits are not numbers: broken weights make such, and so do keys or values beyond the
-        range of a float16 cache.
+        Raises BrokenLogitsError if the logits are not numbers: broken weights make such, and so do keys or values
+        beyond the range of a float16 cache.
         """
         assert logits.dtype == torch.float32
         assert logits.dim() == 1
@@ -79,7 +85,7 @@ class Sampler:
         logits = self._penalize(logits)
         best = logits.max(dim=0)  # NaN where any logit is
         if not math.isfinite(best.values):
-            raise DataError(BROKEN_LOGITS)
+            raise BrokenLogitsError
         if options.temperature == 0.0:
             token = int(best.indices)
         else:

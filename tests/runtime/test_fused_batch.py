@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from lbq.formats.errors import DataError, UsageError
+from lbq.formats.errors import UsageError
 from lbq.runtime.batch import OneByOne
 from lbq.runtime.bench.weights import DeviceKernels
 from lbq.runtime.binding import bind
@@ -20,6 +20,7 @@ from lbq.runtime.fused.step import FusedStep, why_not
 from lbq.runtime.kernels.attention import Short, Split
 from lbq.runtime.kernels.batch import BatchTile
 from lbq.runtime.kernels.gemv.triton import INTERPRETED
+from lbq.runtime.text.batch import BROKEN
 from lbq.runtime.text.sampling import SamplingOptions
 
 pytestmark = pytest.mark.gpu
@@ -174,16 +175,25 @@ def test_launches(make_tiny):
     assert "room for 16" in why_not(decoder, 17)
 
 
-@ON_GPU
-def test_broken_logits_end_the_batch(make_tiny):
-    model = make_tiny("llama3-rope", **ONE)
-    batch = batch_of(bind(model.weights, Kernels()).decoder, 2)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+def test_broken_logits_end_one_text(make_tiny):
+    """Those beside it are as they were, and so is the text that takes its place."""
+    decoder = bind(make_tiny("llama3-rope", **ONE).weights, Kernels()).decoder
+    batch = batch_of(decoder, 2)
     batch.begin(0, PROMPTS[0], GREEDY)
     batch.begin(1, PROMPTS[1], GREEDY)
-    batch.engines[1]._state.layers[0].kv[1, :, 0] = float("nan")
-    batch.tokens()
-    with pytest.raises(DataError, match="not finite"):
-        batch.tokens()
+    sound = [batch.tokens() for _ in range(2)]
+    batch.end(0)
+    batch.end(1)
+    batch.begin(0, PROMPTS[0], GREEDY)
+    batch.begin(1, PROMPTS[1], GREEDY)
+    batch.engines[1]._state.layers[0].kv.fill_(float("nan"))
+    assert batch.tokens() == sound[0]
+    assert batch.tokens() == [sound[1][0], BROKEN]
+    batch.end(1)
+    batch.begin(1, PROMPTS[0], GREEDY)
+    assert batch.tokens()[1] == sound[0][0]
+    assert bool(batch.engines[1]._state.layers[0].kv.isfinite().all())
     with pytest.raises(UsageError, match="97"):
         batch.begin(0, [97], GREEDY)
 
@@ -191,7 +201,7 @@ def test_broken_logits_end_the_batch(make_tiny):
 @ON_GPU
 def test_engines_one_by_one_have_the_same_manners(make_tiny):
     decoder = bind(make_tiny("llama3-rope", **ONE).weights, Kernels()).decoder
-    texts, logits = run(OneByOne([DecoderEngine(decoder, CONTEXT) for _ in PROMPTS], "by itself"))
+    texts, logits = run(OneByOne(partial(DecoderEngine, decoder, CONTEXT), len(PROMPTS), "by itself"))
     expected, rows = run(batch_of(decoder))
     assert texts == expected
     torch.testing.assert_close(logits, rows, rtol=0, atol=1e-2 * float(rows.abs().max()))

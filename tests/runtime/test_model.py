@@ -415,6 +415,57 @@ def test_prompts_take_the_places_of_texts_that_ended(model, monkeypatch):
     assert {one.finish.reason for one in full} <= {"context", "eos"}
 
 
+def test_a_device_that_fails_in_the_second_prompt(model, monkeypatch):
+    monkeypatch.setattr(model, "_on", _Counting(model._on))
+    prefill, prefills = DecoderEngine.prefill, []
+
+    def fail(self, ids):
+        prefills.append(ids)
+        if len(prefills) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefill(self, ids)
+
+    monkeypatch.setattr(DecoderEngine, "prefill", fail)
+    with pytest.raises(DeviceError, match="out of memory"):
+        model.generate_batch(["a", "b", "c"], max_tokens=2)
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+@pytest.mark.parametrize("together", [False, True])
+def test_broken_logits_end_one_text_of_several(model, monkeypatch, when, together):
+    if together:
+        monkeypatch.setattr(model, "_on", _Counting(model._on))
+    # With a seed, which takes in whole prompts.
+    prompts = ["Once upon", "There was a very long", "x", "Tom", "The"]
+    alone = model.generate_batch(prompts, max_tokens=9, seed=1)
+    assert [one.error for one in alone] == [None] * 5
+    broken, prefill = len(model.prompt_ids(prompts[1])), DecoderEngine.prefill
+
+    def overflow(self, ids):
+        logits = prefill(self, ids)
+        if len(ids) == broken:
+            self._state.layers[0].kv.fill_(float("inf"))
+            return logits * float("nan") if when == "at once" else logits
+        return logits
+
+    monkeypatch.setattr(DecoderEngine, "prefill", overflow)
+    found = model.generate_batch(prompts, max_tokens=9, seed=1)
+    odd = found.pop(1)
+    assert [one.finish.tokens for one in found] == [one.finish.tokens for one in (alone[0], *alone[2:])]
+    assert [one.error for one in found] == [None] * 4
+    assert isinstance(odd.error, DataError)
+    assert "not finite" in str(odd.error)
+    assert (odd.finish.reason, odd.finish.prompt_tokens) == ("error", broken)
+    assert odd.finish.tokens == (() if when == "at once" else alone[1].finish.tokens[:1])
+    assert alone[1].text.startswith(odd.text)
+    assert odd.finish.seconds_to_first_token >= 0
+    assert odd.finish.decode_steps == 0
+    stream = model.stream(prompts[1], max_tokens=9, seed=1)
+    with pytest.raises(DataError, match="not finite"):
+        list(stream)
+    assert stream.finish.tokens == odd.finish.tokens
+
+
 @pytest.mark.parametrize(
     ("prompts", "settings", "said"),
     [

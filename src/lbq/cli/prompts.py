@@ -19,18 +19,21 @@ if TYPE_CHECKING:
     from lbq.runtime.model import Model, Prompt, Result
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """A line of what is printed. ``tokens``: new ones; ``reason``: why the text ended."""
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line of what is printed. ``tokens``: new ones; ``reason``: why the text ended; ``error``: if by one."""
 
     text: str
     reason: str
     prompt_tokens: int
     tokens: int
+    error: str | None = None
 
     @classmethod
     def of(cls, result: Result) -> Answer:
-        finish = result.finish
-        return cls(result.text, finish.reason, finish.prompt_tokens, len(finish.tokens))
+        finish, error = result.finish, result.error
+        return cls(
+            result.text, finish.reason, finish.prompt_tokens, len(finish.tokens), None if error is None else str(error)
+        )
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -71,12 +74,15 @@ def with_system(prompts: Sequence[Prompt], system: str | None) -> list[Prompt]:
     return found
 
 
-def answer(model: Model, prompts: Sequence[Prompt], **settings: Any) -> None:
-    """Print the answers as they come, each behind those before it, and how long it took."""
+def answer(model: Model, prompts: Sequence[Prompt], **settings: Any) -> DataError | None:
+    """Print the answers as they come, each behind those before it, and how long it took; the error to end with."""
     began, tokens, done = time.perf_counter(), 0, 0
     waiting: dict[int, Answer] = {}
+    failed: dict[int, DataError] = {}
     for i, result in model.stream_batch(prompts, **settings):
         waiting[i] = Answer.of(result)
+        if result.error is not None:
+            failed[i] = result.error
         while done in waiting:
             found = waiting.pop(done)
             sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
@@ -85,3 +91,8 @@ def answer(model: Model, prompts: Sequence[Prompt], **settings: Any) -> None:
     seconds = time.perf_counter() - began
     rate = f"{tokens / seconds:.1f} tokens/s, prompts included"
     click.echo(f"[{counted(done, 'text')}, {tokens} tokens in {seconds:.1f} s, {rate}]", err=True)
+    if not failed:
+        return None
+    first = min(failed)
+    more = f"; {len(failed)} of {done} texts ended with an error" if len(failed) > 1 else ""
+    return DataError(f"prompt {first + 1}: {failed[first]}{more}")

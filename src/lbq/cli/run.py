@@ -102,13 +102,14 @@ def run(
         "kv_cache": kv_cache,
     }  # fmt: skip
     opened, loading = (_open_artifact if wish.bits is None else _open_checkpoint)(artifact, wish, where)
+    failed: DataError | None = None
     with opened as model:
         asks = prompt is not None or prompts is not None
         _say_notes(model, given, continues=asks and system is None and chat is None)
         if prompts is not None:
             with loading.shown():
                 model.bind()
-            answer(model, prompts, chat=chat, think=think, **given)
+            failed = answer(model, prompts, chat=chat, think=think, **given)
             finish = None
         elif prompt is None:
             with loading.shown():
@@ -126,6 +127,8 @@ def run(
             finish = stream.finish
         _say_how(model, finish, explain=explain)
         loading.say(model)
+    if failed is not None:
+        raise failed
 
 
 class _Loading:
