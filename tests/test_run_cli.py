@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from lbq.cli.prompts import read_prompts
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.text.generation import GenerationDefaults
 
@@ -282,6 +284,86 @@ def test_prompts_of_a_file(answer: Answer, tmp_path: Path) -> None:
     path.write_text('\ufeff"hello"\n[{"role": "user", "content": "the cat"}]\n')
     done = answer("--prompts", path)
     assert [json.loads(line)["text"] for line in done.out.splitlines()] == [one["text"] for one in found[:2]]
+
+
+def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("data", [b"hello\n\nthe cat\r\nx", b'\xef\xbb\xbf\n "hello"\n"the cat"\n"x"\n'])
+def test_prompts_of_stdin(answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    (tmp_path / "prompts.txt").write_text("hello\nthe cat\nx\n")
+    expected = answer("--prompts", tmp_path / "prompts.txt")
+    feed(monkeypatch, data)
+    done = answer("--prompts", "-")
+    assert (done.code, done.out) == (0, expected.out)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.txt", '"a" b\n[c]', ['"a" b', "[c]"]),
+        ("a.jsonl", '"a"', ["a"]),
+        ("a.json", ' "a"\n"b"', ["a", "b"]),
+        ("a", '[{"role": "user", "content": "a"}]', [[{"role": "user", "content": "a"}]]),
+        ("a.md", "a\n[b]", ["a", "[b]"]),
+    ],
+)
+def test_what_prompts_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, expected: list[object]
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_prompts(tmp_path / name) == expected
+    if name not in ("a.txt", "a.jsonl"):  # what a name does not say is told alike
+        feed(monkeypatch, text.encode())
+        assert read_prompts(Path("-")) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "code", "said"),
+    [
+        (b"", (), 2, "stdin: there is no prompt in it"),
+        (b"a\n\xff", (), 3, "stdin: not UTF-8 at byte 2"),
+        (b"a", ("-p", "-"), 2, "one of the two"),
+        (b'"a"\n{"b": 1}', (), 3, "stdin, line 2: Expected `str | array`, got `object`; a prompt in JSON is"),
+        (b'"a" b', (), 3, "go into a FILE.txt"),
+        (None, (), 2, "stdin is closed: give --prompts a FILE"),
+    ],
+)
+def test_stdin_that_has_no_prompts(
+    answer: Answer,
+    monkeypatch: pytest.MonkeyPatch,
+    data: bytes | None,
+    options: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    if data is None:
+        monkeypatch.setattr(sys, "stdin", None)
+    else:
+        feed(monkeypatch, data)
+    done = answer("--prompts", "-", *options)
+    assert (done.code, done.out, said in done.error) == (code, "", True), done
+
+
+@pytest.mark.parametrize(("end", "code"), [("interrupt", 130), ("close", 141)])
+def test_answers_that_nobody_waits_for(kept_artifact: Path, end: str, code: int) -> None:
+    command = [sys.executable, "-m", "lbq.cli", "run", str(kept_artifact), "--device", "cpu", "--prompts", "-"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([*command, "--temperature", "0"], **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(b"hello\n" * 1000)
+        process.stdin.close()
+        assert json.loads(process.stdout.readline())["prompt_tokens"] > 0
+        if end == "interrupt":
+            process.send_signal(signal.SIGINT)
+            process.stdout.read()
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait(60) == code, said
+    assert said == ("lbq: interrupted\n" if end == "interrupt" else "")
 
 
 def test_broken_logits_of_one_prompt(answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

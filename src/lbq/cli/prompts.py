@@ -1,4 +1,4 @@
-"""``lbq run --prompts``: many prompts from a file, their answers as JSON lines in the same order."""
+"""``lbq run --prompts``: many prompts from a file or a pipe, their answers as JSON lines in the same order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import click
 import msgspec
 
 from lbq.formats.errors import DataError, UsageError
-from lbq.formats.json_file import decode, read_bytes
+from lbq.formats.json_file import MAX_BYTES, decode, read_bytes
 from lbq.formats.wording import counted
 
 if TYPE_CHECKING:
     from lbq.runtime.model import Model, Prompt, Result
+
+JSON_BEGINS = '["{'  # of prompts; "{" is none, and said to be none
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -36,26 +38,52 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
         )
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The lines of ``path`` that are not empty: texts, or in a .jsonl file JSON strings and lists of chat messages.
+def read_stdin(instead: str) -> str:
+    """All of standard input. Raises DataError for what is no text, UsageError where there is none, with what to do
+    ``instead``."""
+    if sys.stdin is None:
+        raise UsageError(f"stdin is closed: {instead}")
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise DataError(f"stdin: more than {MAX_BYTES} bytes")
+    return _decoded(data, "stdin")
 
-    Raises StorageError and DataError for the file, UsageError where there is no prompt in it.
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The lines of ``path``, or of standard input for ``-``, that are not empty.
+
+    They are texts in FILE.txt, and JSON strings or lists of chat messages in FILE.jsonl; elsewhere JSON if the first
+    begins like it. Raises StorageError and DataError for the file, UsageError where there is no prompt in it.
     """
-    try:
-        lines = read_bytes(path).decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
+    piped = path == Path("-")
+    name = "stdin" if piped else str(path)
+    if piped and sys.stdin is not None and sys.stdin.isatty():
+        click.echo("Prompts, one a line; Ctrl-D ends them.", err=True)
+    text = read_stdin("give --prompts a FILE") if piped else _decoded(read_bytes(path), name)
+    lines = text.removeprefix("\ufeff").split("\n")
     found = [(i, line.removesuffix("\r")) for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise UsageError(f"{path}: there is no prompt in it, one a line")
-    if path.suffix != ".jsonl":
-        return [line for _, line in found]
-    return [_prompt(line, f"{path}, line {i}") for i, line in found]
+        raise UsageError(f"{name}: there is no prompt in it, one a line")
+    begins = found[0][1].lstrip()[0]
+    if path.suffix == ".jsonl" or (path.suffix != ".txt" and begins in JSON_BEGINS):
+        return [_prompt(line, f"{name}, line {i}") for i, line in found]
+    return [line for _, line in found]
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
 def _prompt(line: str, where: str) -> Prompt:
     kind: Any = str | list[dict[str, str]]
-    prompt: Prompt = decode(line.encode(), kind, where)
+    try:
+        prompt: Prompt = decode(line.encode(), kind, where)
+    except DataError as error:
+        rule = "a prompt in JSON is a string or a list of messages (texts that begin like JSON go into a FILE.txt)"
+        raise DataError(f"{error}; {rule}") from None
     whole = isinstance(prompt, str) or (prompt and all({"role", "content"} <= message.keys() for message in prompt))
     if not whole:
         raise DataError(f"{where}: a chat is a list of at least one message, each with a role and a content")

@@ -13,7 +13,7 @@ import click
 from lbq.cli.display import Bar, note, plain, progress
 from lbq.cli.kernels import print_explanation, print_uses
 from lbq.cli.options import Wish, quantization_options
-from lbq.cli.prompts import answer, read_prompts, with_system
+from lbq.cli.prompts import answer, read_prompts, read_stdin, with_system
 from lbq.formats.errors import DataError, DeviceError, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ CHAT_HELP = "/reset begins a new chat, /exit or Ctrl-D ends, Ctrl-C stops an ans
     "--prompts",
     "prompts_file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Answer every line of FILE, or every text or list of messages of FILE.jsonl; prints JSON lines.",
+    metavar="FILE",
+    help="Answer every line of FILE, or every text or list of messages of FILE.jsonl; - reads either from stdin. "
+    "Prints JSON lines.",
 )
 @click.option("--system", help="System prompt.")
 @click.option(
@@ -91,7 +93,7 @@ def run(
         raise UsageError("--prompts and -p: one of the two")
     prompts = None if prompts_file is None else with_system(read_prompts(prompts_file), system)
     if prompts is None and (prompt == "-" or (prompt is None and not _at_terminal())):
-        prompt = _read_stdin()
+        prompt = read_stdin("give a prompt with -p").removesuffix("\n")
     if system is not None and chat is False:
         raise UsageError("--system needs the chat template: leave out --no-chat")
     if prompt is None and prompts is None and chat is False:
@@ -197,16 +199,6 @@ def _say_notes(model: Model, given: dict[str, Any], *, continues: bool) -> None:
 
 def _at_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
-
-
-def _read_stdin() -> str:
-    if sys.stdin is None:
-        raise UsageError("stdin is closed: give a prompt with -p")
-    try:
-        text = sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"stdin: not UTF-8 at byte {error.start}") from None
-    return text.removesuffix("\n")
 
 
 def _messages(system: str, prompt: str) -> list[dict[str, str]]:
