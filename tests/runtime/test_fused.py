@@ -6,13 +6,12 @@ Under the interpreter both run the same Triton kernels' arithmetic on a CPU, and
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
+from tiny_steps import DEVICE, SMALL, Kernels, divergence, token_ids
 
 from lbq.formats.errors import DataError
-from lbq.runtime.bench.weights import DeviceKernels
 from lbq.runtime.binding import bind
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.devices import CudaDevice
@@ -30,20 +29,9 @@ from lbq.runtime.text.sampling import SamplingOptions
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-Kernels = partial(DeviceKernels, DEVICE)
 CONTEXT, PROMPT = 40, 21
-IDS = [int(i) for i in torch.randint(0, 97, (CONTEXT,), generator=torch.Generator().manual_seed(4))]
+IDS = token_ids(CONTEXT, 4)
 SPLIT = Split(splits=3, block=16, least=16)
-# Few programs: the interpreter takes a twentieth of a second a program.
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 SHARED, WHOLE, APART = Projecting(Tile(16, 32, 2)), Projecting(Tile(64, 32, 2)), Projecting(Tile(64, 32, 2), apart=True)
 PLANS = {
     "shared": Plan(SHARED, SHARED, SHARED, SHARED, WHOLE, SPLIT),
@@ -54,12 +42,6 @@ PLANS = {
 
 def fused(decoder: Decoder, plan: str = "whole", context: int = CONTEXT) -> FusedEngine:
     return FusedEngine(decoder, context, plan=PLANS[plan], graphs=not INTERPRETED)
-
-
-def divergence(expected: torch.Tensor, got: torch.Tensor) -> float:
-    """KL of two rows of logits, in float64."""
-    p, q = expected.double().cpu().log_softmax(0), got.double().cpu().log_softmax(0)
-    return float((p.exp() * (p - q)).sum())
 
 
 def after_prompt(weights, reference_kernels, *engines: DecoderEngine) -> DecoderEngine:

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
+from tiny_steps import SMALL, Kernels, divergence, token_ids
 
 from lbq.formats.errors import UsageError
 from lbq.runtime.batch import OneByOne
-from lbq.runtime.bench.weights import DeviceKernels
 from lbq.runtime.binding import bind
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.fused.batch import FusedBatch
@@ -25,22 +25,11 @@ from lbq.runtime.text.sampling import SamplingOptions
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-Kernels = partial(DeviceKernels, DEVICE)
 CONTEXT = 40
-IDS = [int(i) for i in torch.randint(0, 97, (CONTEXT,), generator=torch.Generator().manual_seed(4))]
+IDS = token_ids(CONTEXT, 4)
 PROMPTS = (IDS[:2], IDS[3:4], IDS[11:15]) if INTERPRETED else (IDS[:9], IDS[3:4], IDS[11:30])
 ON_GPU = pytest.mark.skipif(INTERPRETED, reason="slow there, and the parts of it are tested by others")
 GREEDY = SamplingOptions()
-# Few programs: the interpreter takes a twentieth of a second a program.
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 ONE = {**SMALL, "num_hidden_layers": 1}
 if INTERPRETED:
     ONE |= {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -54,12 +43,6 @@ STEPS = 1 if INTERPRETED else 6
 
 def batch_of(decoder, places=3, plan="shared", **options) -> FusedBatch:
     return FusedBatch(decoder, CONTEXT, places, plan=PLANS[plan], graphs=not INTERPRETED, **options)
-
-
-def divergence(expected: torch.Tensor, got: torch.Tensor) -> float:
-    """KL of two rows of logits, in float64."""
-    p, q = expected.double().cpu().log_softmax(0), got.double().cpu().log_softmax(0)
-    return float((p.exp() * (p - q)).sum())
 
 
 def run(batch, sampling=GREEDY, prompts=PROMPTS, steps=STEPS) -> tuple[list[list[int]], torch.Tensor]:

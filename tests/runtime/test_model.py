@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from tiny_steps import divergence
 from transformers import AutoModelForCausalLM
 
 from lbq.conversion import convert
@@ -39,12 +40,6 @@ def reference_of(checkpoint, artifact_path):
     return model
 
 
-def kl(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
-    """KL divergence of each row's distribution, float64."""
-    p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
-
-
 @pytest.fixture(scope="module", params=[(8, "row"), (4, 32), (3, 32)], ids=["int8", "int4", "int3"])
 def widths(request):
     return request.param
@@ -71,9 +66,9 @@ def test_logits_and_greedy_tokens_match_transformers(converted):
         expected = reference(torch.tensor([tokens])).logits[0]
     got = exact.logits(tokens)
     assert torch.cosine_similarity(got.double(), expected.double(), dim=1).min() >= 0.9999999
-    assert kl(expected, default.logits(tokens)).max() <= 1e-4
+    assert divergence(expected, default.logits(tokens)).max() <= 1e-4
     answers = expected[len(PROMPT) - 1 : -1]
-    assert kl(answers, torch.stack(decoded)).max() <= 1e-5
+    assert divergence(answers, torch.stack(decoded)).max() <= 1e-5
     best = answers.topk(2).values
     clear = best[:, 0] - best[:, 1] > 1e-3
     assert torch.equal(answers.argmax(1)[clear], torch.tensor(tokens[len(PROMPT) :])[clear])
