@@ -36,3 +36,12 @@ def effective_group(k: int, asked: int | None) -> int | None:
         return None
     group = min(asked, k & -k)  # k & -k: the largest power of two that divides k
     return group if group >= min(GROUPS) and group != k else None
+
+
+def other_group(k: int, asked: int | None) -> str | None:
+    """What is said where ``asked`` does not divide ``k`` inputs; None where it does."""
+    if asked is None or k % asked == 0:
+        return None
+    group = effective_group(k, asked)
+    instead = f"groups of {group}" if group else "one scale a row"
+    return f"{k} inputs do not divide into groups of {asked}: {instead} instead"

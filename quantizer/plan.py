@@ -20,7 +20,7 @@ from lbq.formats.manifest import DenseTensor, QuantizedModule
 from lbq.formats.readers import fast_group
 from lbq.formats.safetensors_file import Checkpoint
 from lbq.formats.safetensors_writer import TensorPlan
-from lbq.formats.scheme import Scheme, effective_group
+from lbq.formats.scheme import Scheme, effective_group, other_group
 from lbq.formats.spec import ModelSpec, Projection
 from lbq.formats.wording import counted
 from lbq.quantizer.request import DEFAULT_GROUP, Request, matches, mixed_scheme
@@ -255,12 +255,7 @@ def _quantize(
 
 def _fallback(projection: Projection, scheme: Scheme | None) -> str | None:
     """What to say where the group asked for does not divide the inputs."""
-    k = projection.in_features
-    if scheme is None or scheme.group is None or k % scheme.group == 0:
-        return None
-    group = effective_group(k, scheme.group)
-    instead = f"groups of {group}" if group else "one scale a row"
-    return f"{k} inputs do not divide into groups of {scheme.group}: {instead} instead"
+    return None if scheme is None else other_group(projection.in_features, scheme.group)
 
 
 def _units(count: int) -> str:

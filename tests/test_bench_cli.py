@@ -90,6 +90,15 @@ def test_texts_that_share_a_pass_read_weights_once() -> None:
     assert sweep._token_bytes(100, replace(together, batch_fallback="they take turns"), 4) == 110
 
 
+def test_groups_that_rows_do_not_divide_into_are_said(bench: Callable[..., Any]) -> None:
+    done = bench("--shape", "tiny", "--gs", "32,512,32", "--batch", "1,1", "--depth", "0,00")
+    rows = [line for line in done.out.splitlines() if line.startswith("INT")]
+    assert [line.split()[1] for line in rows] == ["g32,", "row,"]  # each once
+    notes = [line for line in done.err.splitlines() if line.startswith("note: ")]
+    assert notes == ["note: 64 inputs do not divide into groups of 512: one scale a row instead"]
+    assert "note:" not in bench("--shape", "tiny").err
+
+
 def test_markdown(bench: Callable[..., Any]) -> None:
     lines = bench("--shape", "tiny", "--markdown", "--sampled").out.splitlines()
     assert lines[0].startswith("### tiny (random weights) on ")
@@ -270,6 +279,8 @@ def test_a_profile(lbq: Callable[..., Any], kept_artifact: Path, tmp_path: Path)
     done = lbq("profile", kept_artifact, "--device", "cpu", "--depth", "9", "--steps", "2", "--trace", trace)
     assert done.code == 0, done.err
     assert done.out.splitlines()[0].startswith(f"{kept_artifact}, INT4 g32, INT8 row: one step at depth 9")
+    shallow = lbq("profile", kept_artifact, "--device", "cpu", "--steps", "2").out.splitlines()[0]
+    assert shallow.rstrip().endswith("one step at depth 126")  # of a context of 128
     labels = [line.split()[0] for line in done.out.splitlines()[2:8]]
     assert labels == ["q/k/v", "attention", "output", "gate/up", "down", "head"]
     assert str(trace) in done.out.splitlines()[-1]

@@ -11,6 +11,8 @@ from lbq.runtime.bench.sweep import SMALLER, Machine, Variant, machine
 from lbq.runtime.binding import bind
 from lbq.runtime.devices import Device, device_errors
 
+DEPTH = 256
+
 
 @dataclass(frozen=True)
 class Profiled:
@@ -26,11 +28,15 @@ class Profiled:
 
 
 def profile_variant(
-    subject: str, variant: Variant, device: Device, depth: int, steps: int, trace: Path | None = None
+    subject: str, variant: Variant, device: Device, depth: int | None, steps: int, trace: Path | None = None
 ) -> Profiled:
-    """Bind ``variant`` and profile its step. Raises UsageError for a depth that the model was not made for."""
+    """Bind ``variant`` and profile its step, by default behind DEPTH tokens or as many as the model was made for.
+
+    Raises UsageError for a depth that it was not made for.
+    """
     most = variant.spec.context - 2
-    if depth > most:
+    depth = min(DEPTH, most) if depth is None else depth
+    if not 1 <= depth <= most:
         raise UsageError(f"depth {depth}: the model was made for {variant.spec.context} tokens; at most {most}")
     with device_errors(SMALLER):
         device.check_cache(variant.spec)

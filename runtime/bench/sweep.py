@@ -16,6 +16,7 @@ from lbq.formats.artifact import Artifact
 from lbq.formats.errors import DeviceError, LbqError, UsageError
 from lbq.formats.manifest import QuantizedModule
 from lbq.formats.packing import BITS, GROUPS
+from lbq.formats.scheme import other_group
 from lbq.formats.spec import ModelSpec
 from lbq.runtime.bench.decode import Decoded, Speed, Workload, decode
 from lbq.runtime.bench.shapes import SHAPES
@@ -154,13 +155,21 @@ def shape_variants(shape: str, bits: Sequence[int], groups: Sequence[Group] = ()
         raise UsageError(f"shape {shape}: there are {', '.join(SHAPES)}")
     for value in bits:
         if value not in BITS:
-            raise UsageError(f"bits {value}: {', '.join(map(str, BITS))}")
+            raise UsageError(f"bits {value}: there are {', '.join(map(str, BITS))}")
     for group in groups:
         if group != "row" and group not in GROUPS:
-            raise UsageError(f"group {group}: {', '.join(map(str, GROUPS))} or row")
+            raise UsageError(f"group {group}: there are {', '.join(map(str, GROUPS))} and row")
     spec = SHAPES[shape].spec()
     pairs = [(value, group) for value in bits for group in groups or (("row",) if value == 8 else (GROUP,))]
     return [_random(spec, value, None if group == "row" else group) for value, group in pairs]
+
+
+def other_groups(shape: str, groups: Sequence[Group]) -> list[str]:
+    """What is said of ``groups`` that rows of a shape do not divide into."""
+    spec = SHAPES[shape].spec()
+    widths = sorted({p.in_features for p in spec.projections() if p != spec.head})
+    asked = [group for group in groups if group != "row"]
+    return [text for group in asked for k in widths if (text := other_group(k, group)) is not None]
 
 
 def _random(spec: ModelSpec, bits: int, group: int | None) -> Variant:
@@ -287,7 +296,10 @@ class _Measuring:
         most, load = self._variant.spec.context, self._load
         if case.depth + load.prompt + load.new <= most:
             return None
-        return f"depth {case.depth}, a prompt of {load.prompt}, {load.new} new tokens: the model was made for {most}"
+        return (
+            f"depth {case.depth}, a prompt of {load.prompt}, {load.new} new tokens: the model was made for {most} "
+            "(--depth, --prompt and --tokens ask for fewer)"
+        )
 
     def _ready(self) -> tuple[Weights, Bound]:
         if self._bound is None:

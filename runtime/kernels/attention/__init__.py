@@ -168,7 +168,7 @@ def why_not(heads: Heads) -> str | None:
     if heads.dim % 8 or heads.dim > 256:
         return f"heads of {heads.dim}: they must be of at most 256, in eights"
     if not writes_planes(heads, 32):
-        return f"{heads.group} heads of {heads.dim} share keys, and {heads.dim} is no multiple of 32 nor a power of two"
+        return f"heads of {heads.dim}, {heads.group} to a key's: they are no whole blocks of 32"
     return None
 
 

@@ -121,13 +121,13 @@ def _as_one(
 
 
 def number_list(text: str, option: str, example: str) -> list[int]:
-    """Whole numbers with commas between them, as ``option`` has them."""
-    return [_number(part.strip(), option, example) for part in text.split(",")]
+    """Whole numbers with commas between them, as ``option`` has them; each once."""
+    return list(dict.fromkeys(_number(part.strip(), option, example) for part in text.split(",")))
 
 
 def group_list(text: str) -> list[int | Literal["row"]]:
-    """``--gs 32,256,row``"""
-    parts = [part.strip() for part in text.split(",")]
+    """``--gs 32,256,row``; each once."""
+    parts = dict.fromkeys(part.strip() for part in text.split(","))
     return ["row" if part == "row" else _number(part, "--gs", "64,128,row") for part in parts]
 
 

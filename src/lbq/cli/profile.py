@@ -34,7 +34,9 @@ COLUMNS = ("launch", "kernel", "count", "each", "a step", "of the step", "bytes"
 @shape_option
 @click.option("--bits", help="With --shape: 3, 4 or 8.  [4]")
 @click.option("--gs", "groups", help="With --shape: 32…512 or row.  [256; row at 8 bits]")
-@click.option("--depth", type=click.IntRange(1), default=256, show_default=True, help="Tokens held before the step.")
+@click.option(
+    "--depth", type=click.IntRange(1), help="Tokens held before the step.  [256, or what the model was made for]"
+)
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="The median of so many.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @kv_cache_option
@@ -47,7 +49,7 @@ def profile(
     shape: str | None,
     bits: str | None,
     groups: str | None,
-    depth: int,
+    depth: int | None,
     steps: int,
     device: Any,
     kv_cache: Any,

@@ -62,14 +62,17 @@ def find_subject(
     artifact: str | None, shape: str | None, bits: str | None, groups: str | None, stack: ExitStack
 ) -> Subject:
     """An artifact, open as long as ``stack``, or random weights. Raises UsageError for both and for neither."""
-    from lbq.runtime.bench.sweep import artifact_variant, shape_variants
+    from lbq.runtime.bench.sweep import artifact_variant, other_groups, shape_variants
 
     if (artifact is None) == (shape is None):
         raise UsageError("give an ARTIFACT, or --shape NAME for random weights: one of the two")
     if shape is not None:
         widths = number_list("4" if bits is None else bits, "--bits", "3,4,8")
         chosen = () if groups is None else group_list(groups)
-        return Subject(f"{shape} (random weights)", shape_variants(shape, widths, chosen))
+        variants = shape_variants(shape, widths, chosen)
+        for text in other_groups(shape, chosen):
+            note(text)
+        return Subject(f"{shape} (random weights)", variants)
     from lbq.formats.artifact import open_artifact
     from lbq.hub.artifacts import find_artifact
 
