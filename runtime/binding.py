@@ -1,25 +1,30 @@
 """Weights by exact name from the spec into a decoder: one kernel for each fused unit, unit by unit.
 
 Never more than one unit is in memory twice: its parts are joined, handed to the device's kernel, and the mapped pages
-they came from are released.
+they came from are released. On another device than the CPU a layer is on its way there while the one before it is made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 
 from lbq.formats.packing import PackedWeight
-from lbq.formats.spec import Attention, ModelSpec, Norm, Projection, Rope
+from lbq.formats.spec import ModelSpec, Norm, Projection, Rope
 from lbq.formats.wording import pattern
 from lbq.runtime.attention import AttentionMixer
 from lbq.runtime.decoder import Decoder, DecoderLayer, Mlp
 from lbq.runtime.kernels.linear import Choice, Linear, Matrix
 from lbq.runtime.norm import RmsNorm
 from lbq.runtime.rope import Rotary
-from lbq.runtime.upload import joiner
+from lbq.runtime.upload import mover
+
+T = TypeVar("T")
 
 
 class Weights(Protocol):
@@ -48,11 +53,11 @@ class Weights(Protocol):
         ...
 
     def release(self, module: str) -> None:
-        """The memory of ``module``'s packed weight is not needed soon."""
+        """The memory of ``module``'s packed weight is not needed soon. On any thread, beside other methods."""
         ...
 
     def release_dense(self, name: str) -> None:
-        """The memory of tensor ``name`` is not needed soon."""
+        """The memory of tensor ``name`` is not needed soon. On any thread, beside other methods."""
         ...
 
 
@@ -93,11 +98,22 @@ class Bound:
 
 def bind(weights: Weights, kernels: Kernels) -> Bound:
     """Bind every tensor that the spec names."""
-    binder, spec = Binder(weights, kernels), weights.spec
-    embedding = binder.embedding()
-    layers = [binder.layer(i) for i in range(len(spec.layers))]
-    norm, head = binder.norm(), binder.head(embedding)
+    spec = weights.spec
+    with closing(Binder(weights, kernels)) as binder:
+        embedding = binder.embedding()
+        begun = (binder.begin(i) for i in range(len(spec.layers)))
+        layers = [made() for made in (begun if embedding.is_cpu else _one_ahead(begun))]
+        norm, head = binder.norm(), binder.head(embedding)
     return Bound(Decoder(spec, embedding, layers, norm, head), binder.uses, binder.resident_bytes)
+
+
+def _one_ahead(begun: Iterator[T]) -> Iterator[T]:
+    """Each once the next was taken, too."""
+    for taken in begun:
+        for following in begun:
+            yield taken
+            taken = following
+        yield taken
 
 
 class Binder:
@@ -107,7 +123,7 @@ class Binder:
         self._weights, self._kernels, self._spec = weights, kernels, weights.spec
         self._uses: dict[tuple[str, Matrix, str, str | None], int] = {}
         self._rotaries: dict[Rope, Rotary] = {}
-        self._join = joiner(kernels.device)
+        self._mover = mover(kernels.device)
         self.resident_bytes = 0  # of everything bound so far, dropped or not
 
     @property
@@ -118,23 +134,38 @@ class Binder:
     def embedding(self) -> torch.Tensor:
         """BF16 [V, hidden]: mapped on the CPU, where a token reads one row, moved elsewhere."""
         name = f"{self._spec.embedding}.weight"
-        moved = self._join([self._weights.dense(name)])
-        if moved.is_cpu:
-            return moved
-        self._weights.release_dense(name)
-        if not self._spec.tied:  # else it is counted with the head
+        moved = self._mover.begin([self._weights.dense(name)], partial(self._weights.release_dense, name))()
+        if not (moved.is_cpu or self._spec.tied):  # a tied one is counted with the head
             self.resident_bytes += moved.nbytes
         return moved
 
     def layer(self, i: int) -> DecoderLayer:
         """Layer ``i``."""
+        return self.begin(i)()
+
+    def begin(self, i: int) -> Callable[[], DecoderLayer]:
+        """Begin to bring the linears of layer ``i`` to the device; what waits for them and makes the layer."""
         layer = self._spec.layer(i)
-        return DecoderLayer(
-            self._norm(layer.mixer_norm, i),
-            self._attention(layer.mixer, i),
-            self._norm(layer.mlp_norm, i),
-            Mlp(layer.mlp, self._unit(layer.mlp.gate_up, i), self._unit((layer.mlp.down,), i)),
-        )
+        mixer, mlp = layer.mixer, layer.mlp
+        qkv, out, gate_up, down = (self._unit(unit) for unit in self._spec.layer_units(i))
+
+        def made() -> DecoderLayer:
+            attention = AttentionMixer(
+                mixer,
+                qkv(),
+                out(),
+                self._rotary(mixer.rope),
+                self._norm(mixer.q_norm, i) if mixer.q_norm else None,
+                self._norm(mixer.k_norm, i) if mixer.k_norm else None,
+            )
+            norms = self._norm(layer.mixer_norm, i), self._norm(layer.mlp_norm, i)
+            return DecoderLayer(norms[0], attention, norms[1], Mlp(mlp, gate_up(), down()))
+
+        return made
+
+    def close(self) -> None:
+        """No part is going to be asked for any more."""
+        self._mover.close()
 
     def norm(self) -> RmsNorm:
         """The norm behind the last layer."""
@@ -143,7 +174,7 @@ class Binder:
     def head(self, embedding: torch.Tensor | None = None) -> Linear:
         """The output head. ``embedding``, if it is bound already, is the weight where the spec ties them."""
         if not self._spec.tied:
-            return self._unit((self._spec.head,), 0)
+            return self._unit((self._spec.head,))()
         return self._tied_head(
             self._weights.dense(f"{self._spec.embedding}.weight") if embedding is None else embedding
         )
@@ -160,50 +191,54 @@ class Binder:
         else:
             self._release((self._spec.head,))
 
-    def _attention(self, spec: Attention, i: int) -> AttentionMixer:
-        if spec.rope not in self._rotaries:
-            self._rotaries[spec.rope] = Rotary(spec.rope, self._kernels.device)
-        return AttentionMixer(
-            spec,
-            self._unit(spec.qkv, i),
-            self._unit((spec.out,), i),
-            self._rotaries[spec.rope],
-            self._norm(spec.q_norm, i) if spec.q_norm else None,
-            self._norm(spec.k_norm, i) if spec.k_norm else None,
-        )
+    def _rotary(self, rope: Rope) -> Rotary:
+        if rope not in self._rotaries:
+            self._rotaries[rope] = Rotary(rope, self._kernels.device)
+        return self._rotaries[rope]
 
     def _norm(self, norm: Norm, i: int) -> RmsNorm:
-        weight = self._weights.dense(f"{norm.name.replace('{i}', str(i))}.weight")
-        return RmsNorm(weight.to(self._kernels.device, torch.float32), norm.eps)
+        weight = self._weights.dense(f"{norm.name.replace('{i}', str(i))}.weight").to(torch.float32)
+        return RmsNorm(weight.to(self._kernels.device, non_blocking=True), norm.eps)
 
-    def _unit(self, unit: tuple[Projection, ...], i: int) -> Linear:
-        """One kernel for projections that read the same input, their outputs one after the other."""
-        parts = tuple(p.at(i) for p in unit)
+    def _unit(self, parts: tuple[Projection, ...]) -> Callable[[], Linear]:
+        """One kernel for projections that read the same input, their outputs one after the other; begun to move."""
         quantized = {self._weights.is_quantized(p.name) for p in parts}
         assert len(quantized) == 1
         return self._packed(parts) if quantized.pop() else self._dense(parts)
 
-    def _packed(self, parts: tuple[Projection, ...]) -> Linear:
+    def _packed(self, parts: tuple[Projection, ...]) -> Callable[[], Linear]:
         packed = [self._weights.packed(p.name) for p in parts]
         first = packed[0]
         assert all((w.bits, w.group, w.k) == (first.bits, first.group, first.k) for w in packed)
-        words, scales = self._join([w.words for w in packed]), self._join([w.scales for w in packed])
-        whole = PackedWeight(words, scales, first.bits, first.group, first.k)
-        linear = self._use(parts, self._kernels.packed(whole, self._bias(parts)), whole.bits, whole.group)
-        held = held_bytes(linear, len(parts), whole.nbytes)
-        self.resident_bytes += held
-        if held:
-            self._release(parts)
-        return linear
+        scales = self._mover.begin([w.scales for w in packed], lambda: None)  # released with the words
+        words = self._mover.begin([w.words for w in packed], partial(self._release, parts))
 
-    def _dense(self, parts: tuple[Projection, ...]) -> Linear:
-        whole = self._join([self._weights.dense(f"{p.name}.weight") for p in parts])
-        linear = self._use(parts, self._kernels.dense(whole, self._bias(parts)), 8 * whole.itemsize)
-        held = held_bytes(linear, len(parts), whole.nbytes)
+        def made() -> Linear:
+            whole = PackedWeight(words(), scales(), first.bits, first.group, first.k)
+            linear = self._use(parts, self._kernels.packed(whole, self._bias(parts)), whole.bits, whole.group)
+            self._hold(parts, linear, whole.nbytes, whole.words)
+            return linear
+
+        return made
+
+    def _dense(self, parts: tuple[Projection, ...]) -> Callable[[], Linear]:
+        matrices = [self._weights.dense(f"{p.name}.weight") for p in parts]
+        moved = self._mover.begin(matrices, partial(self._release, parts))
+
+        def made() -> Linear:
+            whole = moved()
+            linear = self._use(parts, self._kernels.dense(whole, self._bias(parts)), 8 * whole.itemsize)
+            self._hold(parts, linear, whole.nbytes, whole)
+            return linear
+
+        return made
+
+    def _hold(self, parts: tuple[Projection, ...], linear: Linear, nbytes: int, moved: torch.Tensor) -> None:
+        """Count what ``linear`` holds; release what it was made of and does not use, if nobody else does."""
+        held = held_bytes(linear, len(parts), nbytes)
         self.resident_bytes += held
-        if held:
+        if held and moved.is_cpu:
             self._release(parts)
-        return linear
 
     def _tied_head(self, embedding: torch.Tensor) -> Linear:
         unit = (self._spec.head,)

@@ -43,7 +43,8 @@ def _checked_bias(bias: torch.Tensor | None, n: int, device: torch.device) -> to
     if bias is None:
         return None
     assert bias.shape == (n,)
-    return bias.to(device=device, dtype=torch.float32).contiguous()
+    # Not waited for: that would be for all weights on their way.
+    return bias.float().contiguous().to(device, non_blocking=True)
 
 
 class CudaLinear:
