@@ -2,8 +2,9 @@
 """How long a GPU takes to its first token: ``PYTHONPATH=src python3 scripts/gpu_start.py FOLDER``.
 
 Writes an artifact of random weights into FOLDER, drawn on the GPU, unless it is there. Then it starts ``lbq run`` again
-and again, as a user does: with Triton's cache empty, and with what that left; it says when the first token came, and
-where the time went. The files are in the system's page cache, as after a first run. ``--device cpu`` tries the script.
+and again, as a user does: with Triton's cache empty, and with what that left, with kernels compiled ahead or not. It
+says when the first token came, and of the last ones where the time went. The files are in the system's page cache, as
+after a first run. ``--shape tiny --device cpu`` tries the script.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from typing import Any
 # What is timed here are imports too: none of lbq before a child asks for them.
 
 PROMPT = "Why is the sky blue, and why are sunsets red? Answer in one sentence."
-AHEAD = 12  # processes that compile ahead, where that is tried
 TEMPLATE = "{% for m in messages %}<user>{{ m['content'] }}</user>{% endfor %}"
 
 
@@ -63,10 +62,10 @@ def write_artifact(folder: Path, shape: str, bits: int, device: str) -> None:
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """A token a byte, and a word for every other id, as large a file as a real one."""
+    """A token a byte, as far as ids go, and a word for every other id, as large a file as a real one."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: vocabulary - 1]
     words = [*alphabet, *(f"w{i}" for i in range(vocabulary - len(alphabet) - 1))]
     made = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,46 +78,10 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": vocabulary - 1}))
 
 
-def rates(folder: Path) -> float:
-    """Say how fast bytes get to the GPU, by several ways; the rate from pinned memory in bytes a second."""
-    import torch
-
-    from lbq.formats.artifact import open_artifact
-    from lbq.runtime.bench.timing import upload_bandwidth
-    from lbq.runtime.upload import Staging
-
-    device = torch.device("cuda")
-    best = upload_bandwidth(device)
-    assert best is not None
-    print(f"pinned memory to the GPU: {best / 1e9:.1f} GB/s; torch has {torch.get_num_threads()} threads")
-    for chunk, slots, threads in ((16, 4, None), (32, 3, None), (16, 4, 8)):
-        if threads is not None:
-            torch.set_num_threads(threads)
-        with open_artifact(folder) as artifact:  # mapped anew: its pages are faulted in
-            names = [*artifact.quantized][:-1]
-            staging = Staging(device, chunk=chunk << 20, slots=slots)
-            staging.join([torch.zeros(chunk << 18, 1) for _ in range(slots)])  # buffers are pinned here
-            staging.finish()
-            torch.cuda.synchronize()
-            began, nbytes = time.perf_counter(), 0
-            for name in names:
-                words = artifact.packed(name).words
-                staging.join([words])
-                nbytes += words.nbytes
-            torch.cuda.synchronize()
-            rate = nbytes / (time.perf_counter() - began)
-        at = f"{slots} × {chunk} MiB, {torch.get_num_threads()} threads"
-        print(f"mapped file to the GPU by {at}: {rate / 1e9:.1f} GB/s, {rate / best:.0%}")
-    return best
-
-
-def start(folder: Path, device: str, cache: Path, *, phases: bool, ahead: bool = True) -> None:
-    """Run ``lbq run`` once and say when its first text came; with ``phases`` from within."""
-    asked = ["run", str(folder), "-p", PROMPT, "--max-tokens", "1", "--device", device]
-    command = [sys.executable, "-m", "lbq.cli", *asked]
-    if phases:
-        command = [sys.executable, __file__, str(folder), "--child", str(time.time()), "--device", device]
-        command += ["--no-ahead"] * (not ahead)
+def start(folder: Path, device: str, cache: Path, workers: int, *, phases: bool = False) -> float:
+    """Run ``lbq run`` once; seconds to its first text. ``phases`` are told from within."""
+    command = [sys.executable, __file__, str(folder), "--child", str(time.time()), "--device", device]
+    command += ["--workers", str(workers), *["--phases"] * phases]
     began = time.perf_counter()
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TRITON_CACHE_DIR": str(cache)}
@@ -127,12 +90,14 @@ def start(folder: Path, device: str, cache: Path, *, phases: bool, ahead: bool =
     first = child.stdout.read(1)
     seconds = time.perf_counter() - began
     rest, said = child.communicate()
-    print(f"first text {(first + rest)[:20]!r} after {seconds:.2f} s", end="")
-    print(f", ended with {child.returncode} after {time.perf_counter() - began:.2f} s")
-    lines = said.decode(errors="replace").splitlines()
-    for line in lines:
+    ended = time.perf_counter() - began
+    print(
+        f"first text {(first + rest)[:20]!r} after {seconds:.2f} s, ended with {child.returncode} after {ended:.2f} s"
+    )
+    for line in said.decode(errors="replace").splitlines():
         if phases or child.returncode or "first token after" in line:
             print(f"    {line}")
+    return seconds
 
 
 class Clock:
@@ -170,8 +135,8 @@ class Clock:
             print(f"          {what}: {count} calls, {seconds:.2f} s", file=sys.stderr)
 
 
-def child(folder: Path, began: float, device: str, *, ahead: bool) -> None:
-    """``lbq run``, its parts timed."""
+def child(folder: Path, began: float, device: str, workers: int, *, phases: bool) -> None:
+    """``lbq run``; with ``phases`` its parts are timed."""
     clock = Clock(began)
     clock.at("Python")
     from lbq.cli import cli
@@ -181,9 +146,11 @@ def child(folder: Path, began: float, device: str, *, ahead: bool) -> None:
     import lbq.runtime.model as model
 
     clock.at("torch and the runtime are imported")
-    model_ahead.WORKERS = AHEAD if ahead else 0
-    loaded = watch_gpu(clock) if device == "cuda" else []
-    watch(clock, model)
+    model_ahead.WORKERS = workers
+    loaded: list[tuple[str, bool]] = []
+    if phases:
+        loaded = watch_gpu(clock) if device == "cuda" else []
+        watch(clock, model)
     cli.main(["run", str(folder), "-p", PROMPT, "--max-tokens", "1", "--device", device], standalone_mode=False)
     clock.at("done")
     clock.tell()
@@ -195,6 +162,7 @@ def watch(clock: Clock, model: Any) -> None:
     from lbq.runtime.devices import CudaDevice
 
     clock.watch(model, "open_artifact", "mapped", tell=True)
+    clock.watch(CudaDevice, "prepare", "memory is taken", tell=True)
     clock.watch(model, "bind", "bound", tell=True)
     clock.watch(CudaDevice, "default_context", "kernels ahead are done; context", tell=True)
     clock.watch(CudaDevice, "engine", "engine", tell=True)
@@ -220,22 +188,27 @@ def watch_gpu(clock: Clock) -> list[tuple[str, bool]]:
         loaded.append((src.fn.__name__, cache_hit))
 
     triton.knobs.compilation.listener = listener
-    clock.watch(Staging, "join", "read and upload")
-    clock.watch(Staging, "_slot", "    of it waited for a buffer")
+    clock.watch(Staging, "begin", "begin to read and upload")
     clock.watch(CudaLinear, "__init__", "arrange")
     clock.watch(FusedEngine, "prefill", "prompt", tell=True)
     clock.watch(FusedEngine, "_captured", "graph", tell=True)
     return loaded
 
 
-@contextmanager
-def folder(kept: Path | None) -> Iterator[Path]:
-    """``kept``, or one for a while."""
-    if kept is not None:
-        yield kept
-        return
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
+def compare(folder: Path, device: str, workers: Sequence[int], times: int) -> None:
+    """Cold and warm starts with each number of processes that compile ahead, in turn."""
+    found: dict[tuple[int, str], list[float]] = {(count, kind): [] for count in workers for kind in ("cold", "warm")}
+    for turn in range(times):
+        for count in workers:
+            with tempfile.TemporaryDirectory() as cache:
+                for kind in ("cold", "warm"):
+                    print(f"{kind}, {count} processes ahead: ", end="", flush=True)
+                    # The last ones of each tell where the time went, which costs a little itself.
+                    phases = turn + 1 == times
+                    found[count, kind].append(start(folder, device, Path(cache), count, phases=phases))
+    print("\n| processes ahead | kernel cache | seconds to the first text |\n|---|---|---|")
+    for (count, kind), seconds in found.items():
+        print(f"| {count} | {kind} | {', '.join(f'{each:.2f}' for each in seconds)} |")
 
 
 def main() -> None:
@@ -244,33 +217,21 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--short", action="store_true", help="once with an empty cache, twice with what that left")
-    parser.add_argument("--cache", type=Path, help="Triton's cache, empty at first, to be kept")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 12], help="processes that compile ahead, by turns"
+    )
+    parser.add_argument("--times", type=int, default=2, help="cold starts and warm ones with each")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--no-ahead", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--phases", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        child(options.folder, options.child, options.device, ahead=not options.no_ahead)
+        child(options.folder, options.child, options.device, options.workers[0], phases=options.phases)
         return
     if not options.folder.exists():
         began = time.perf_counter()
         write_artifact(options.folder, options.shape, options.bits, options.device)
         print(f"artifact written in {time.perf_counter() - began:.1f} s", flush=True)
-    if options.device == "cuda":
-        rates(options.folder)
-    runs = [("cold", True), ("warm", False), ("warm", False)]
-    if not options.short:
-        runs = [("cold", False), ("warm", False), ("warm", False), ("warm", True)]
-    with folder(options.cache) as cache:
-        for what, phases in runs:
-            print(f"\nkernel cache {what}: ", end="", flush=True)
-            start(options.folder, options.device, cache, phases=phases)
-    if options.short:
-        return
-    for what, ahead in (("phases", True), ("nothing compiled ahead", False)):
-        with folder(None) as cache:
-            print(f"\nkernel cache cold, {what}: ", end="", flush=True)
-            start(options.folder, options.device, cache, phases=True, ahead=ahead)
+    compare(options.folder, options.device, options.workers, options.times)
 
 
 if __name__ == "__main__":
