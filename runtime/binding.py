@@ -1,16 +1,14 @@
 """Weights by exact name from the spec into a decoder: one kernel for each fused unit, unit by unit.
 
-Never more than one unit is in memory twice: its parts are joined, handed to the device's kernel, and the mapped pages
-they came from are released. On another device than the CPU a layer is on its way there while the one before it is made.
+Never more than one unit is in memory twice, or one layer on a GPU: its parts are joined, handed to the device's kernel,
+and the mapped pages they came from are released.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 
@@ -23,8 +21,6 @@ from lbq.runtime.kernels.linear import Choice, Linear, Matrix
 from lbq.runtime.norm import RmsNorm
 from lbq.runtime.rope import Rotary
 from lbq.runtime.upload import mover
-
-T = TypeVar("T")
 
 
 class Weights(Protocol):
@@ -53,11 +49,11 @@ class Weights(Protocol):
         ...
 
     def release(self, module: str) -> None:
-        """The memory of ``module``'s packed weight is not needed soon. On any thread, beside other methods."""
+        """The memory of ``module``'s packed weight is not needed soon."""
         ...
 
     def release_dense(self, name: str) -> None:
-        """The memory of tensor ``name`` is not needed soon. On any thread, beside other methods."""
+        """The memory of tensor ``name`` is not needed soon."""
         ...
 
 
@@ -96,24 +92,45 @@ class Bound:
     resident_bytes: int
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """The parts of a unit as they are stored, in codes."""
+
+    parts: tuple[Projection, ...]
+    weights: Sequence[PackedWeight]
+
+    @property
+    def groups(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return [w.words for w in self.weights], [w.scales for w in self.weights]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(w.nbytes for w in self.weights)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The parts of a unit as they are stored, in 16 or 32 bits."""
+
+    parts: tuple[Projection, ...]
+    weights: Sequence[torch.Tensor]
+
+    @property
+    def groups(self) -> tuple[Sequence[torch.Tensor]]:
+        return (self.weights,)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(w.nbytes for w in self.weights)
+
+
 def bind(weights: Weights, kernels: Kernels) -> Bound:
     """Bind every tensor that the spec names."""
-    spec = weights.spec
-    with closing(Binder(weights, kernels)) as binder:
-        embedding = binder.embedding()
-        begun = (binder.begin(i) for i in range(len(spec.layers)))
-        layers = [made() for made in (begun if embedding.is_cpu else _one_ahead(begun))]
-        norm, head = binder.norm(), binder.head(embedding)
+    binder, spec = Binder(weights, kernels), weights.spec
+    embedding = binder.embedding()
+    layers = [binder.layer(i) for i in range(len(spec.layers))]
+    norm, head = binder.norm(), binder.head(embedding)
     return Bound(Decoder(spec, embedding, layers, norm, head), binder.uses, binder.resident_bytes)
-
-
-def _one_ahead(begun: Iterator[T]) -> Iterator[T]:
-    """Each once the next was taken, too."""
-    for taken in begun:
-        for following in begun:
-            yield taken
-            taken = following
-        yield taken
 
 
 class Binder:
@@ -134,38 +151,28 @@ class Binder:
     def embedding(self) -> torch.Tensor:
         """BF16 [V, hidden]: mapped on the CPU, where a token reads one row, moved elsewhere."""
         name = f"{self._spec.embedding}.weight"
-        moved = self._mover.begin([self._weights.dense(name)], partial(self._weights.release_dense, name))()
-        if not (moved.is_cpu or self._spec.tied):  # a tied one is counted with the head
+        ((_, (moved,)),) = self._mover.move([_Dense((), [self._weights.dense(name)])])
+        if moved.is_cpu:
+            return moved
+        self._weights.release_dense(name)
+        if not self._spec.tied:  # else it is counted with the head
             self.resident_bytes += moved.nbytes
         return moved
 
     def layer(self, i: int) -> DecoderLayer:
         """Layer ``i``."""
-        return self.begin(i)()
-
-    def begin(self, i: int) -> Callable[[], DecoderLayer]:
-        """Begin to bring the linears of layer ``i`` to the device; what waits for them and makes the layer."""
         layer = self._spec.layer(i)
-        mixer, mlp = layer.mixer, layer.mlp
-        qkv, out, gate_up, down = (self._unit(unit) for unit in self._spec.layer_units(i))
-
-        def made() -> DecoderLayer:
-            attention = AttentionMixer(
-                mixer,
-                qkv(),
-                out(),
-                self._rotary(mixer.rope),
-                self._norm(mixer.q_norm, i) if mixer.q_norm else None,
-                self._norm(mixer.k_norm, i) if mixer.k_norm else None,
-            )
-            norms = self._norm(layer.mixer_norm, i), self._norm(layer.mlp_norm, i)
-            return DecoderLayer(norms[0], attention, norms[1], Mlp(mlp, gate_up(), down()))
-
-        return made
-
-    def close(self) -> None:
-        """No part is going to be asked for any more."""
-        self._mover.close()
+        qkv, out, gate_up, down = self._linears(self._spec.layer_units(i))
+        mixer_norm, mlp_norm = self._norm(layer.mixer_norm, i), self._norm(layer.mlp_norm, i)
+        mixer = AttentionMixer(
+            layer.mixer,
+            qkv,
+            out,
+            self._rotary(layer.mixer.rope),
+            self._norm(layer.mixer.q_norm, i) if layer.mixer.q_norm else None,
+            self._norm(layer.mixer.k_norm, i) if layer.mixer.k_norm else None,
+        )
+        return DecoderLayer(mixer_norm, mixer, mlp_norm, Mlp(layer.mlp, gate_up, down))
 
     def norm(self) -> RmsNorm:
         """The norm behind the last layer."""
@@ -174,7 +181,7 @@ class Binder:
     def head(self, embedding: torch.Tensor | None = None) -> Linear:
         """The output head. ``embedding``, if it is bound already, is the weight where the spec ties them."""
         if not self._spec.tied:
-            return self._unit((self._spec.head,))()
+            return next(self._linears([(self._spec.head,)]))
         return self._tied_head(
             self._weights.dense(f"{self._spec.embedding}.weight") if embedding is None else embedding
         )
@@ -198,47 +205,36 @@ class Binder:
 
     def _norm(self, norm: Norm, i: int) -> RmsNorm:
         weight = self._weights.dense(f"{norm.name.replace('{i}', str(i))}.weight").to(torch.float32)
+        # Not waited for: that would be for all weights on their way.
         return RmsNorm(weight.to(self._kernels.device, non_blocking=True), norm.eps)
 
-    def _unit(self, parts: tuple[Projection, ...]) -> Callable[[], Linear]:
-        """One kernel for projections that read the same input, their outputs one after the other; begun to move."""
+    def _linears(self, units: Iterable[tuple[Projection, ...]]) -> Iterator[Linear]:
+        """A kernel for each unit: projections that read the same input, their outputs one after the other."""
+        for stored, moved in self._mover.move(map(self._stored, units)):
+            linear = self._packed(stored, *moved) if isinstance(stored, _Packed) else self._dense(stored, *moved)
+            held = held_bytes(linear, len(stored.parts), stored.nbytes)
+            self.resident_bytes += held
+            if held:
+                self._release(stored.parts)
+            del stored, moved  # what the kernel does not hold is not in memory beside the next unit
+            yield linear
+
+    def _stored(self, parts: tuple[Projection, ...]) -> _Packed | _Dense:
         quantized = {self._weights.is_quantized(p.name) for p in parts}
         assert len(quantized) == 1
-        return self._packed(parts) if quantized.pop() else self._dense(parts)
+        if quantized.pop():
+            return _Packed(parts, [self._weights.packed(p.name) for p in parts])
+        return _Dense(parts, [self._weights.dense(f"{p.name}.weight") for p in parts])
 
-    def _packed(self, parts: tuple[Projection, ...]) -> Callable[[], Linear]:
-        packed = [self._weights.packed(p.name) for p in parts]
-        first = packed[0]
-        assert all((w.bits, w.group, w.k) == (first.bits, first.group, first.k) for w in packed)
-        scales = self._mover.begin([w.scales for w in packed], lambda: None)  # released with the words
-        words = self._mover.begin([w.words for w in packed], partial(self._release, parts))
+    def _packed(self, stored: _Packed, words: torch.Tensor, scales: torch.Tensor) -> Linear:
+        first = stored.weights[0]
+        assert all((w.bits, w.group, w.k) == (first.bits, first.group, first.k) for w in stored.weights)
+        whole = PackedWeight(words, scales, first.bits, first.group, first.k)
+        linear = self._kernels.packed(whole, self._bias(stored.parts))
+        return self._use(stored.parts, linear, whole.bits, whole.group)
 
-        def made() -> Linear:
-            whole = PackedWeight(words(), scales(), first.bits, first.group, first.k)
-            linear = self._use(parts, self._kernels.packed(whole, self._bias(parts)), whole.bits, whole.group)
-            self._hold(parts, linear, whole.nbytes, whole.words)
-            return linear
-
-        return made
-
-    def _dense(self, parts: tuple[Projection, ...]) -> Callable[[], Linear]:
-        matrices = [self._weights.dense(f"{p.name}.weight") for p in parts]
-        moved = self._mover.begin(matrices, partial(self._release, parts))
-
-        def made() -> Linear:
-            whole = moved()
-            linear = self._use(parts, self._kernels.dense(whole, self._bias(parts)), 8 * whole.itemsize)
-            self._hold(parts, linear, whole.nbytes, whole)
-            return linear
-
-        return made
-
-    def _hold(self, parts: tuple[Projection, ...], linear: Linear, nbytes: int, moved: torch.Tensor) -> None:
-        """Count what ``linear`` holds; release what it was made of and does not use, if nobody else does."""
-        held = held_bytes(linear, len(parts), nbytes)
-        self.resident_bytes += held
-        if held and moved.is_cpu:
-            self._release(parts)
+    def _dense(self, stored: _Dense, whole: torch.Tensor) -> Linear:
+        return self._use(stored.parts, self._kernels.dense(whole, self._bias(stored.parts)), 8 * whole.itemsize)
 
     def _tied_head(self, embedding: torch.Tensor) -> Linear:
         unit = (self._spec.head,)

@@ -36,7 +36,7 @@ class Rotary:
 
     def __init__(self, rope: Rope, device: torch.device) -> None:
         self.dims = rope.dims
-        self._frequencies = inverse_frequencies(rope).to(device)
+        self._frequencies = inverse_frequencies(rope).to(device, non_blocking=True)
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines [T, 1, 1, dims/2] and signed sines (−sin, sin) [T, 1, 2, dims/2] of int64 positions [T]."""

@@ -1,62 +1,79 @@
-"""From a mapped file to a GPU: threads read its pages into pinned buffers, and the GPU fetches these meanwhile.
+"""From a mapped file to a GPU: through pinned buffers, the copies to the GPU of one while the next is read.
 
-A copy from pageable memory is staged by the driver, on one thread, and waits for itself. Here each piece of a matrix is
-read by whichever thread is free; none of them holds Python's lock while it does so, nor waits for another.
+A copy from pageable memory is staged by the driver, on one thread, and waits for itself. Here torch's threads read the
+mapped pages, each its share of a buffer, while the GPU fetches what the buffers before it hold. A buffer holds whatever
+lies side by side in the file, parts of several matrices: while Python begins a copy nothing is read. Python's own
+threads were tried as readers and were a third as fast: to wake one each time it wants Python's lock takes too long.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from threading import Lock
-from typing import Protocol
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 
-CHUNK = 4 << 20  # bytes of a buffer, and of a piece
-THREADS = min(8, os.cpu_count() or 1)
-SLOTS = 12  # buffers that are read into, waiting or on their way; pinning takes half a millisecond a MB
+from lbq.runtime.pinned import Pinned
 
-Arriving = Callable[[], torch.Tensor]  # waits for a matrix that was begun to move
+CHUNK = 16 << 20  # bytes
+SLOTS = 3  # chunks that are read, waiting or on their way
+GAP = 64 << 10  # bytes between two tensors, up to which they are read as one
+
+Move = tuple[torch.Tensor, torch.Tensor]  # from bytes of the host's memory to as many of a device's
+
+
+class Moving(Protocol):
+    """Matrices that go to a device together."""
+
+    @property
+    def groups(self) -> Sequence[Sequence[torch.Tensor]]:
+        """Matrices of one width, or vectors, that become one: rows one after the other."""
+        ...
+
+
+M = TypeVar("M", bound=Moving)
 
 
 class Mover(Protocol):
-    """How weights get to a device."""
+    """How matrices get to a device."""
 
-    def begin(self, parts: Sequence[torch.Tensor], release: Callable[[], None]) -> Arriving:
-        """Begin to move matrices of one width, or vectors: rows one after the other.
-
-        ``release`` is called, perhaps by another thread, where they were copied to another device and have been read.
-        """
-        ...
-
-    def close(self) -> None:
-        """Nothing is begun any more, and what was begun and not waited for is not wanted."""
+    def move(self, moving: Iterable[M]) -> Iterator[tuple[M, list[torch.Tensor]]]:
+        """Each, and what its groups became there: complete for what the current stream does next."""
         ...
 
 
 class Done(Protocol):
-    """A copy that was begun."""
-
-    def query(self) -> bool:
-        """Whether it has ended."""
-        ...
+    """Copies that were begun."""
 
     def synchronize(self) -> None:
-        """Wait for its end."""
+        """Wait for their end."""
         ...
 
 
-Copy = Callable[[torch.Tensor, torch.Tensor], Done]
+class Link(Protocol):
+    """Pinned memory, and copies from it to a device, in order."""
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """Bytes."""
+        ...
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Begin to copy bytes from a buffer."""
+        ...
+
+    def done(self) -> Done:
+        """The end of what was begun until now."""
+        ...
+
+    def close(self) -> None:
+        """Give the buffers back, nothing being copied from them."""
+        ...
 
 
 def mover(device: torch.device) -> Mover:
-    """How weights get to ``device``."""
+    """How matrices get to ``device``."""
     return Staging(device) if device.type == "cuda" else InPlace()
 
 
@@ -66,13 +83,11 @@ def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class InPlace:
-    """On the CPU: a single matrix stays where it is, mapped; several are joined once they are asked for."""
+    """On the CPU: a single matrix stays where it is, mapped; others are joined once they are asked for."""
 
-    def begin(self, parts: Sequence[torch.Tensor], release: Callable[[], None]) -> Arriving:  # noqa: ARG002
-        return partial(joined, parts)
-
-    def close(self) -> None:
-        """Nothing is on its way."""
+    def move(self, moving: Iterable[M]) -> Iterator[tuple[M, list[torch.Tensor]]]:
+        for each in moving:
+            yield each, [joined(group) for group in each.groups]
 
 
 @dataclass
@@ -81,74 +96,86 @@ class _Slot:
     done: Done | None = None
 
 
+@dataclass
+class _Piece:
+    """Bytes of memory that are read at once, and where parts of them go."""
+
+    source: torch.Tensor
+    begin: int  # address
+    end: int = 0
+    parts: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # from which byte of these, to which others
+
+
 class Staging:
-    """Threads, and a ring of pinned buffers, made when they are first needed."""
+    """A ring of pinned buffers, made when they are first needed. Not for several threads at once."""
 
     def __init__(
-        self,
-        device: torch.device,
-        *,
-        chunk: int = CHUNK,
-        slots: int = SLOTS,
-        threads: int = THREADS,
-        copy: Copy | None = None,
+        self, device: torch.device, *, chunk: int = CHUNK, slots: int = SLOTS, link: Link | None = None
     ) -> None:
-        """``copy`` begins to copy its second argument to its first, in order: by default on the current stream."""
-        self._device, self._chunk, self._most = device, chunk, slots
-        self._copy = _copy_on_stream if copy is None else copy
-        self._used: deque[_Slot] = deque()  # the one used longest ago first
-        self._made, self._lock = 0, Lock()
-        threads = min(threads, slots)  # so that a thread finds a buffer that no other fills
-        self._threads = (
-            ThreadPoolExecutor(threads, "upload", torch.cuda.set_stream, (torch.cuda.current_stream(device),))
-            if device.type == "cuda"
-            else ThreadPoolExecutor(threads, "upload")
-        )
+        """By default copies are made on the stream that is current when they are begun."""
+        self._device, self._chunk, self._count = device, chunk, slots
+        self._link = CudaLink() if link is None else link
+        self._slots: list[_Slot] = []
+        self._next = 0
+        self.close = weakref.finalize(self, _close, self._link, self._slots)
 
-    def begin(self, parts: Sequence[torch.Tensor], release: Callable[[], None]) -> Arriving:
-        """What arrives is complete for what the stream does next, and its sources have been read."""
-        if all(part.device.type == self._device.type and not part.is_cpu for part in parts):
-            return partial(joined, parts)
-        first = parts[0]
-        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    def move(self, moving: Iterable[M]) -> Iterator[tuple[M, list[torch.Tensor]]]:
+        """All of them at once, in the order in which they lie in memory: read by the time the first is given."""
+        moves: list[Move] = []
+        found = [(each, [self._target(group, moves) for group in each.groups]) for each in moving]
+        for piece in pieces(moves, self._chunk):
+            self._send(piece)
+        yield from found
+
+    def _target(self, group: Sequence[torch.Tensor], moves: list[Move]) -> torch.Tensor:
+        if all(part.device.type == self._device.type and not part.is_cpu for part in group):
+            return joined(group)
+        first = group[0]
+        shape = (sum(part.shape[0] for part in group), *first.shape[1:])
         target = torch.empty(shape, dtype=first.dtype, device=self._device)
-        written, at, calls = _bytes(target), 0, []
-        for part in parts:
-            source = _bytes(part)
-            for start in range(0, source.numel(), self._chunk):
-                piece = source[start : start + self._chunk]
-                calls.append(self._threads.submit(self._move, piece, written[at : at + piece.numel()]))
-                at += piece.numel()
-        calls.append(self._threads.submit(release))  # a page still being read by then is mapped again
-        return partial(_arrived, target, calls)
+        flat = _bytes(target)
+        moves += zip(map(_bytes, group), flat.split([part.nbytes for part in group]), strict=True)
+        return target
 
-    def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    @torch.inference_mode()  # as whoever began this may be, and made the target
-    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def _send(self, piece: _Piece) -> None:
         slot = self._slot()
-        try:
-            # torch would copy with threads of its own, for each of these threads.
-            ctypes.memmove(slot.buffer.data_ptr(), source.data_ptr(), source.numel())
-            slot.done = self._copy(target, slot.buffer[: source.numel()])
-        finally:
-            self._used.append(slot)
+        nbytes = piece.end - piece.begin
+        offset = piece.begin - piece.source.untyped_storage().data_ptr()
+        slot.buffer[:nbytes].copy_(piece.source.as_strided((nbytes,), (1,), offset))  # by all of torch's threads
+        for start, target in piece.parts:
+            self._link.copy(target, slot.buffer[start : start + target.numel()])
+        slot.done = self._link.done()
 
     def _slot(self) -> _Slot:
-        """A buffer to fill: one that is free, else a new one while there are few, else the next to become free."""
-        with self._lock:
-            first = self._used[0] if self._used else None
-            if self._made == self._most or (first is not None and (first.done is None or first.done.query())):
-                slot = self._used.popleft()
-            else:
-                self._made += 1
-                slot = None
-        if slot is None:
-            return _Slot(torch.empty(self._chunk, dtype=torch.uint8, pin_memory=self._device.type == "cuda"))
+        """The buffer that was used longest ago, free again."""
+        if len(self._slots) < self._count:
+            self._slots.append(_Slot(self._link.buffer(self._chunk)))
+            return self._slots[-1]
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % self._count
         if slot.done is not None:
             slot.done.synchronize()
         return slot
+
+
+def pieces(moves: Iterable[Move], chunk: int) -> Iterator[_Piece]:
+    """What is read at once, in the order of memory: up to ``chunk`` bytes of one storage, almost side by side."""
+    piece: _Piece | None = None
+    storage = 0
+    for source, target in sorted(moves, key=lambda move: move[0].data_ptr()):
+        begin, mine, done = source.data_ptr(), source.untyped_storage().data_ptr(), 0
+        while done < source.numel():
+            at = begin + done
+            if piece is None or mine != storage or at > piece.end + GAP or not 0 <= at - piece.begin < chunk:
+                if piece is not None:
+                    yield piece
+                piece, storage = _Piece(source, at), mine
+            count = min(piece.begin + chunk - at, source.numel() - done)
+            piece.parts.append((at - piece.begin, target[done : done + count]))
+            piece.end = max(piece.end, at + count)
+            done += count
+    if piece is not None:
+        yield piece
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,14 +183,33 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def _arrived(target: torch.Tensor, calls: Sequence[Future[None]]) -> torch.Tensor:
-    for call in calls:
-        call.result()
-    return target
+def _close(link: Link, slots: list[_Slot]) -> None:
+    for slot in slots:
+        if slot.done is not None:
+            slot.done.synchronize()
+    slots.clear()
+    link.close()
 
 
-def _copy_on_stream(target: torch.Tensor, source: torch.Tensor) -> Done:
-    target.copy_(source, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    return done
+class CudaLink:
+    """To a CUDA device."""
+
+    def __init__(self) -> None:
+        self._pinned: list[Pinned] = []
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        self._pinned.append(Pinned(nbytes))
+        return self._pinned[-1].tensor
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def done(self) -> Done:
+        done = torch.cuda.Event()
+        done.record()
+        return done
+
+    def close(self) -> None:
+        for pinned in self._pinned:
+            pinned.close()
+        self._pinned.clear()

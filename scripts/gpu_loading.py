@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """How fast weights get to a GPU: ``PYTHONPATH=src python3 scripts/gpu_loading.py FOLDER``.
 
-FOLDER is an artifact, written as ``gpu_start.py`` does unless it is there. By several numbers of threads and sizes of
-pieces: reading alone, the ring alone (reading and copying), and all of binding, pinning included; beside them the rate
-from pinned memory. Files are in the system's page cache, and mapped anew each time. ``--device cpu`` tries the script.
+FOLDER is an artifact, written as ``gpu_start.py`` does unless it is there. By several sizes of buffers and numbers of
+threads: reading alone, all of binding, pinning included, and the best rate from pinned memory beside them; then where
+the time of binding goes. Files are in the system's page cache, and mapped anew each time. ``--shape tiny --device cpu``
+tries the script.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -29,117 +30,65 @@ from lbq.runtime.bench.timing import upload_bandwidth
 from lbq.runtime.binding import bind
 from lbq.runtime.devices import CpuDevice, CudaDevice, Device
 from lbq.runtime.needs import needs
-from lbq.runtime.upload import CHUNK, SLOTS, THREADS, Arriving, Done, Staging
+from lbq.runtime.upload import CHUNK, SLOTS, CudaLink, Link, Staging
 
 
 @dataclass(frozen=True)
 class Way:
     """How a ring is made."""
 
-    threads: int
     chunk: int  # MiB
     slots: int
+    threads: int  # torch's
 
-    def staging(self, kind: type[Staging], device: torch.device) -> Staging:
-        copy = None if device.type == "cuda" else at_once
-        return kind(device, chunk=self.chunk << 20, slots=self.slots, threads=self.threads, copy=copy)
+    def staging(self, device: torch.device, link: Link) -> Staging:
+        return Staging(device, chunk=self.chunk << 20, slots=self.slots, link=link)
 
 
-CHOSEN = Way(THREADS, CHUNK >> 20, SLOTS)
+CORES = torch.get_num_threads()
+CHOSEN = Way(CHUNK >> 20, SLOTS, CORES)
 WAYS = (
-    *(Way(threads, chunk, threads + 4) for threads in (4, 8, 12, 16) for chunk in (1, 2, 4)),
-    Way(8, 8, 12),
-    Way(8, 2, 24),
+    *(Way(chunk, slots, CORES) for chunk, slots in ((4, 4), (8, 3), (8, 4), (16, 2), (16, 3), (32, 2), (32, 3))),
+    *(Way(CHUNK >> 20, SLOTS, threads) for threads in (4, 8, 12)),
 )
 
 
-class Ended:
-    """A copy that has ended."""
+class Copying:
+    """What stands for a link to a GPU: copies at once, or nothing."""
 
-    def query(self) -> bool:
-        return True
+    def __init__(self, *, copies: bool) -> None:
+        self._copies = copies
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if self._copies:
+            target.copy_(source)
+
+    def done(self) -> Copying:
+        return self
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
-
-def at_once(target: torch.Tensor, source: torch.Tensor) -> Done:
-    """What stands for a GPU's copy where there is none."""
-    target.copy_(source)
-    return Ended()
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
-class Timed(Staging):
-    """Adds up where its threads, and who waits for them, spend their time."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.spent: Counter[str] = Counter()
-        self._copy = self._timed(self._copy, "threads: begin a copy")
-
-    def begin(self, parts: Sequence[torch.Tensor], release: Callable[[], None]) -> Arriving:
-        began = self._timed(super().begin, "main: begin")
-        return self._timed(began(parts, self._timed(release, "threads: release")), "main: wait")
-
-    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        self._timed(super()._move, "threads: all of pieces")(source, target)
-
-    def _slot(self) -> Any:
-        made = self._made
-        began = time.perf_counter()
-        slot = super()._slot()
-        what = "pin" if slot.done is None and made < self._most else "wait for a buffer"
-        self.spent[f"threads: {what}"] += time.perf_counter() - began
-        return slot
-
-    def _timed(self, function: Callable[..., Any], what: str) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            began = time.perf_counter()
-            result = function(*arguments)
-            self.spent[what] += time.perf_counter() - began
-            return result
-
-        return timed
+def link_to(device: torch.device) -> Link:
+    return CudaLink() if device.type == "cuda" else Copying(copies=True)
 
 
 @contextmanager
-def mapped(folder: Path, device: torch.device) -> Iterator[Artifact]:
+def mapped(folder: Path, device: torch.device, threads: int) -> Iterator[Artifact]:
     """The artifact mapped anew, and nothing pinned or taken that was given back."""
+    torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        torch._C._host_emptyCache()
     with open_artifact(folder) as artifact:
         yield artifact
-
-
-def words_through(staging: Staging, artifact: Artifact) -> tuple[float, int]:
-    """Seconds and bytes of all words, without the kernels that are made of them."""
-    began = time.perf_counter()
-    arriving = [staging.begin([artifact.packed(name).words], lambda: None) for name in artifact.quantized]
-    nbytes = sum(each().nbytes for each in arriving)
-    staging.close()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, nbytes
-
-
-def read(folder: Path, way: Way) -> float:
-    """Bytes a second read by the threads, copied nowhere."""
-    cpu = torch.device("cpu")
-    with mapped(folder, cpu) as artifact:
-        options = {"chunk": way.chunk << 20, "slots": way.slots, "threads": way.threads}
-        seconds, nbytes = words_through(Staging(cpu, copy=lambda *_: Ended(), **options), artifact)
-    return nbytes / seconds
-
-
-def ring(folder: Path, way: Way, device: torch.device) -> float:
-    """Bytes a second of the ring alone: pinned as it is needed, memory taken before."""
-    with mapped(folder, device) as artifact:
-        if device.type == "cuda":
-            torch.empty(artifact.weight_bytes, dtype=torch.uint8, device=device)
-        seconds, nbytes = words_through(way.staging(Staging, device), artifact)
-    return nbytes / seconds
 
 
 @dataclass(frozen=True)
@@ -155,51 +104,99 @@ class Binding:
         return self.nbytes / self.bind
 
 
-def whole(folder: Path, way: Way, on: Device, made: Callable[[torch.device], Staging] | None = None) -> Binding:
-    """All of binding, up to the last copy's end."""
-    binding.mover = made or partial(way.staging, Staging)
-    with mapped(folder, on.device) as artifact:
+def bound(folder: Path, way: Way, on: Device, link: Link | None = None) -> Binding:
+    """All of binding, up to the end of the last copy."""
+    binding.mover = lambda device: way.staging(device, link_to(device) if link is None else link)
+    with mapped(folder, on.device, way.threads) as artifact:
         began = time.perf_counter()
         on.prepare(needs(artifact.spec, artifact.quantized, on).weights)
         prepared = time.perf_counter()
-        bound = bind(artifact, on)
+        made = bind(artifact, on)
         if on.device.type == "cuda":
             torch.cuda.synchronize()
         ended = time.perf_counter()
-        del bound
+        del made
         return Binding(prepared - began, ended - prepared, artifact.weight_bytes)
 
 
-def tell_breakdown(folder: Path, way: Way, on: Device) -> None:
-    stagings: list[Timed] = []
+@dataclass
+class Words:
+    """All words of an artifact."""
 
-    def made(device: torch.device) -> Staging:
-        found = way.staging(Timed, device)
-        assert isinstance(found, Timed)
-        stagings.append(found)
-        return found
+    groups: list[list[torch.Tensor]]
 
-    found = whole(folder, way, on, made)
-    (staging,) = stagings
-    print(
-        f"\nof {way}: memory taken in {found.prepare * 1e3:.1f} ms, bound in {found.bind * 1e3:.1f} ms; of that, in ms"
-    )
-    for what, seconds in sorted(staging.spent.items()):
-        each = f" ({seconds * 1e3 / way.threads:.1f} a thread)" if what.startswith("threads") else ""
-        print(f"    {what}: {seconds * 1e3:.1f}{each}")
+
+def read(folder: Path, way: Way) -> float:
+    """Bytes a second read into buffers, and copied nowhere."""
+    cpu = torch.device("cpu")
+    with mapped(folder, cpu, way.threads) as artifact:
+        words = Words([[artifact.packed(name).words] for name in artifact.quantized])
+        began = time.perf_counter()
+        next(way.staging(cpu, Copying(copies=False)).move([words]))
+        seconds = time.perf_counter() - began
+        return sum(group[0].nbytes for group in words.groups) / seconds
 
 
 def tell_ways(folder: Path, on: Device, best: float, times: int) -> None:
-    print("\n| threads | piece, MiB | buffers | read, GB/s | ring, GB/s | whole binding, GB/s | of pinned |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| buffers | MiB each | torch's threads | read alone, GB/s | whole binding, GB/s | of pinned |")
+    print("|---|---|---|---|---|---|")
     for way in dict.fromkeys((*WAYS, CHOSEN)):
-        if way.threads > 2 * (os.cpu_count() or 1):
+        if way.threads > (os.cpu_count() or 1):
             continue
-        bound = [whole(folder, way, on) for _ in range(times)]
-        rate = statistics.median(each.rate for each in bound)
-        each = ", ".join(f"{b.rate / 1e9:.1f}" for b in bound)
-        alone = f"{read(folder, way) / 1e9:.1f} | {ring(folder, way, on.device) / 1e9:.1f}"
-        print(f"| {way.threads} | {way.chunk} | {way.slots} | {alone} | {each} | {rate / best:.0%} |", flush=True)
+        found = [bound(folder, way, on) for _ in range(times)]
+        rate = statistics.median(each.rate for each in found)
+        each = ", ".join(f"{b.rate / 1e9:.1f}" for b in found)
+        line = f"| {way.slots} | {way.chunk} | {way.threads} | {read(folder, way) / 1e9:.1f} | {each}"
+        print(f"{line} | {rate / best:.0%} |", flush=True)
+
+
+class Spent:
+    """Milliseconds inside functions."""
+
+    def __init__(self) -> None:
+        self.times: Counter[str] = Counter()
+        self._watched: list[tuple[Any, str, Any]] = []
+
+    def watch(self, owner: Any, name: str, what: str) -> None:
+        function: Callable[..., Any] = getattr(owner, name)
+
+        @wraps(function)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.times[what] += 1000 * (time.perf_counter() - began)
+
+        self._watched.append((owner, name, function))
+        setattr(owner, name, timed)
+
+    def close(self) -> None:
+        for owner, name, function in self._watched:
+            setattr(owner, name, function)
+
+
+def tell_breakdown(folder: Path, way: Way, on: Device) -> None:
+    spent, link = Spent(), link_to(on.device)
+    spent.watch(link, "buffer", "pin")
+    spent.watch(link, "copy", "begin copies")
+    spent.watch(link, "done", "begin copies")
+    spent.watch(link, "close", "unpin")
+    spent.watch(Staging, "_slot", "wait for buffers")
+    spent.watch(Staging, "_send", "read")
+    spent.watch(Staging, "_target", "memory on the device")
+    spent.watch(Artifact, "release", "release")
+    spent.watch(Artifact, "release_dense", "release")
+    spent.watch(Artifact, "packed", "look up")
+    spent.watch(Artifact, "dense", "look up")
+    spent.watch(type(on), "packed", "kernels")
+    found = bound(folder, way, on, link)
+    spent.close()
+    spent.times["wait for buffers"] -= spent.times["pin"]
+    spent.times["read"] -= sum(spent.times[what] for what in ("pin", "wait for buffers", "begin copies"))
+    spent.times["else"] = 1000 * found.bind - sum(spent.times.values())
+    print(f"\n{way}: memory taken in {found.prepare * 1e3:.1f} ms, bound in {found.bind * 1e3:.1f} ms. Of that, in ms:")
+    print(", ".join(f"{what} {spent:.1f}" for what, spent in spent.times.items()))
 
 
 def main() -> None:
@@ -213,7 +210,7 @@ def main() -> None:
     if not options.folder.exists():
         write_artifact(options.folder, options.shape, options.bits, options.device)
     on: Device = CudaDevice(exact=False) if options.device == "cuda" else CpuDevice(exact=False)
-    first = whole(options.folder, CHOSEN, on)
+    first = bound(options.folder, CHOSEN, on)
     best = upload_bandwidth(on.device) or float("nan")
     print(f"from pinned memory: {best / 1e9:.1f} GB/s")
     print(f"first of all, which also loads kernels: {first.bind * 1e3:.0f} ms, {first.rate / 1e9:.1f} GB/s")

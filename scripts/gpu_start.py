@@ -178,6 +178,7 @@ def watch_gpu(clock: Clock) -> list[tuple[str, bool]]:
     import triton
 
     from lbq.runtime.fused.engine import FusedEngine
+    from lbq.runtime.fused.graphs import StepGraphs
     from lbq.runtime.kernels.cuda import CudaLinear
     from lbq.runtime.upload import Staging
 
@@ -188,10 +189,11 @@ def watch_gpu(clock: Clock) -> list[tuple[str, bool]]:
         loaded.append((src.fn.__name__, cache_hit))
 
     triton.knobs.compilation.listener = listener
-    clock.watch(Staging, "begin", "begin to read and upload")
+    clock.watch(Staging, "_send", "read and upload")
+    clock.watch(Staging, "_slot", "    of it pinned, and waited for buffers")
     clock.watch(CudaLinear, "__init__", "arrange")
     clock.watch(FusedEngine, "prefill", "prompt", tell=True)
-    clock.watch(FusedEngine, "_captured", "graph", tell=True)
+    clock.watch(StepGraphs, "_captured", "graph", tell=True)
     return loaded
 
 

@@ -1,167 +1,174 @@
-"""Tensors through a ring of buffers: what arrives, and that no buffer is filled before it was emptied."""
+"""Tensors through a ring of buffers: what arrives, what is read at once, and that nothing is overwritten too early."""
 
 from __future__ import annotations
 
-import sys
-import threading
+import gc
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from lbq.runtime.upload import InPlace, Staging, mover
+from lbq.runtime.upload import GAP, InPlace, Staging, mover, pieces
 
 CPU = torch.device("cpu")
 
 
 @dataclass
-class Later:
-    """A copy that happens when somebody waits for it, as late as a GPU may be."""
+class Copies:
+    """Copies that happen when somebody waits for their end, as late as a GPU may make them."""
 
-    target: torch.Tensor
-    source: torch.Tensor
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    happened: bool = False
-
-    def query(self):
-        return self.happened
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def synchronize(self):
-        with self.lock:
-            if not self.happened:
-                self.target.copy_(self.source)
-            self.happened = True
+        for target, source in self.copies:
+            target.copy_(source)
+        self.copies.clear()
 
 
-class Copies(list):
-    """What began to be copied: each is a :class:`Later`."""
+@dataclass
+class Late:
+    """A link that copies as late as it may."""
 
-    def __call__(self, target, source):
-        self.append(Later(target, source))
-        return self[-1]
+    buffers: int = 0
+    closed: bool = False
+    begun: Copies = field(default_factory=Copies)
 
-    def happen(self):
-        for copy in self:
-            copy.synchronize()
+    def buffer(self, nbytes):
+        self.buffers += 1
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def copy(self, target, source):
+        self.begun.copies.append((target, source))
+
+    def done(self):
+        begun, self.begun = self.begun, Copies()
+        return begun
+
+    def close(self):
+        self.closed = True
+
+
+@dataclass
+class Groups:
+    groups: list[list[torch.Tensor]]
 
 
 def parts_of(dtype, *shapes):
     return [torch.randint(0, 100, shape).to(dtype) for shape in shapes]
 
 
-def moved(parts, copies, **options):
-    """``parts`` joined by a staging of their own."""
-    staging = Staging(CPU, copy=copies, **options)
-    found = staging.begin(parts, lambda: None)()
+def moved(groups, link, **options):
+    """What ``groups`` became, by a ring of their own."""
+    staging = Staging(CPU, link=link, **options)
+    each = Groups(groups)
+    ((same, found),) = staging.move([each])
+    assert same is each
     staging.close()
     return found
 
 
-@pytest.fixture(autouse=True)
-def threads_take_turns():
-    """So often that what they do to each other is seen."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-@pytest.mark.parametrize(("slots", "threads"), [(1, 1), (2, 1), (3, 8), (5, 3)])
+@pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16, torch.uint8])
-def test_what_arrives(dtype, chunk, slots, threads):
-    parts, copies, released = parts_of(dtype, (3, 5), (0, 5), (4, 5), (1, 5)), Copies(), []
-    staging = Staging(CPU, chunk=chunk, slots=slots, threads=threads, copy=copies)
-    found = staging.begin(parts, lambda: released.append("all"))
-    again = staging.begin(parts[2:3], lambda: released.append("again"))
-    found, again = found(), again()
+def test_what_arrives(dtype, chunk, slots):
+    parts, link = parts_of(dtype, (3, 5), (0, 5), (4, 5), (1, 5)), Late()
+    found = moved([parts, parts[2:3]], link, chunk=chunk, slots=slots)
+    assert torch.equal(found[0], torch.cat(parts))
+    assert torch.equal(found[1], parts[2])
+    assert found[1].data_ptr() != parts[2].data_ptr()
+    assert link.buffers <= slots
+    assert link.closed
+
+
+def test_several_that_move_together_and_one_after_the_other():
+    staging = Staging(CPU, chunk=32, slots=2, link=Late())
+    first, second, third = (Groups([parts_of(torch.int32, (3, 5), (2, 5))]) for _ in range(3))
+    found = [*staging.move([first, second]), *staging.move([third])]
     staging.close()
-    assert sorted(released) == ["again", "all"]
-    assert len({copy.source.data_ptr() for copy in copies}) <= slots
-    copies.happen()
-    assert torch.equal(found, torch.cat(parts))
-    assert torch.equal(again, parts[2])
-    assert again.data_ptr() != parts[2].data_ptr()
+    assert [each for each, _ in found] == [first, second, third]
+    for each, (tensor,) in found:
+        assert torch.equal(tensor, torch.cat(each.groups[0]))
 
 
 def test_a_ring_that_does_not_wait_is_found_out():
-    """The test above can fail."""
+    """The tests above can fail."""
 
-    class Impatient(Copies):
-        def __call__(self, target, source):
-            super().__call__(target, source)
-            return Later(target, source, happened=True)
+    class Never(Late):
+        def done(self):
+            copies.append(super().done())
+            return Copies()
 
-    parts, copies = parts_of(torch.int32, (8, 4)), Impatient()
-    found = moved(parts, copies, chunk=16, slots=2, threads=2)
-    copies.happen()
+    parts, copies = parts_of(torch.int32, (8, 4)), []
+    (found,) = moved([parts], Never(), chunk=16, slots=2)
+    for each in copies:
+        each.synchronize()
     assert not torch.equal(found, parts[0])
 
 
-def test_buffers_are_made_as_they_are_needed():
-    class AtOnce(Copies):
-        def __call__(self, target, source):
-            copy = super().__call__(target, source)
-            copy.synchronize()
-            return copy
-
-    copies = AtOnce()
-    moved(parts_of(torch.int32, (8, 4)), copies, chunk=16, slots=8, threads=1)
-    assert len(copies) == 8
-    assert len({copy.source.data_ptr() for copy in copies}) == 1
+def test_a_ring_that_is_dropped_waits_and_gives_its_buffers_back():
+    (part,), link = parts_of(torch.int32, (8, 4)), Late()
+    staging = Staging(CPU, chunk=1 << 20, link=link)
+    ((_, (found,)),) = staging.move([Groups([[part]])])
+    assert not link.closed
+    del staging
+    gc.collect()
+    assert link.closed
+    assert torch.equal(found, part)
 
 
 def test_vectors_and_what_is_not_contiguous():
     vector, matrix = parts_of(torch.bfloat16, (9,), (6, 4))
-    copies = Copies()
-    found = [moved([vector], copies, chunk=5), moved([matrix.t()], copies, chunk=5)]
-    copies.happen()
+    found = moved([[vector], [matrix.t()]], Late(), chunk=5)
     assert torch.equal(found[0], vector)
     assert torch.equal(found[1], matrix.t())
 
 
 def test_who_computes_without_gradients_may_move():
-    (matrix,), copies = parts_of(torch.int32, (6, 4)), Copies()
+    (matrix,) = parts_of(torch.int32, (6, 4))
     with torch.inference_mode():
-        found = moved([matrix], copies)
-        copies.happen()
+        (found,) = moved([[matrix]], Late())
     assert torch.equal(found, matrix)
 
 
-def test_what_goes_wrong_is_heard_and_takes_no_buffer():
-    def fails(*_):
-        raise RuntimeError("CUDA error")
-
-    staging = Staging(CPU, chunk=16, slots=2, threads=2, copy=fails)
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="CUDA error"):
-            staging.begin(parts_of(torch.int32, (8, 4)), lambda: None)()
-    staging.close()
+def read(moves, chunk):
+    """Where pieces begin and end, from the first byte of all, and how many parts each has."""
+    found = list(pieces(moves, chunk))
+    first = min(piece.begin for piece in found)
+    return [(piece.begin - first, piece.end - first, len(piece.parts)) for piece in found]
 
 
-def test_what_nobody_wants_is_left():
-    held, copies = threading.Event(), Copies()
+def test_what_lies_side_by_side_is_read_at_once():
+    file = torch.zeros(1 << 20, dtype=torch.uint8)
+    parts = [file[0:1000], file[1000:3000], file[3100:4000]]
+    moves = [(part, torch.empty_like(part)) for part in parts]
+    assert read(reversed(moves), 1 << 20) == [(0, 4000, 3)]
+    assert read(moves, 2500) == [(0, 2500, 2), (2500, 4000, 2)]
+    assert read(moves, 1000) == [(0, 1000, 1), (1000, 2000, 1), (2000, 3000, 1), (3100, 4000, 1)]
+    far = file[4000 + GAP + 1 :][:500]
+    assert read([*moves, (far, torch.empty_like(far))], 1 << 20)[1:] == [(4001 + GAP, 4501 + GAP, 1)]
 
-    def copy(target, source):
-        held.wait(10)
-        return copies(target, source)
 
-    staging = Staging(CPU, chunk=16, slots=1, threads=1, copy=copy)
-    staging.begin(parts_of(torch.int32, (8, 4)), lambda: None)
-    threading.Timer(0.05, held.set).start()
-    staging.close()
-    assert len(copies) <= 1
+def test_what_lies_between_two_allocations_is_not_read():
+    parts = parts_of(torch.uint8, *[(100,)] * 20)
+    moves = [(part, torch.empty_like(part)) for part in parts]
+    assert [len(piece.parts) for piece in pieces(moves, 1 << 20)] == [1] * 20
+
+
+def test_the_same_tensor_twice():
+    (part,) = parts_of(torch.uint8, (1000,))
+    found = moved([[part], [part[100:300]], [part]], Late(), chunk=128)
+    assert torch.equal(found[0], part)
+    assert torch.equal(found[1], part[100:300])
+    assert torch.equal(found[2], part)
 
 
 def test_on_the_cpu_nothing_is_copied_that_need_not_be():
     one, two = parts_of(torch.int32, (2, 3), (1, 3))
-    released = []
     found = mover(CPU)
     assert isinstance(found, InPlace)
-    assert found.begin([one], lambda: released.append(1))() is one
-    assert torch.equal(found.begin([one, two], lambda: released.append(1))(), torch.cat([one, two]))
-    found.close()
-    assert not released  # whoever uses them knows when they are not used
+    ((_, (alone, both)),) = found.move([Groups([[one], [one, two]])])
+    assert alone is one
+    assert torch.equal(both, torch.cat([one, two]))
 
 
 @pytest.mark.gpu
@@ -170,9 +177,13 @@ def test_to_a_gpu():
     if not torch.cuda.is_available():
         pytest.skip("pinned memory takes a GPU")
     parts = parts_of(torch.int32, (1000, 333), (77, 333), (5000, 333))
-    staging = Staging(device, chunk=100_000, slots=3)
-    found = [staging.begin(parts, lambda: None), staging.begin([torch.cat(parts).bfloat16()], lambda: None)]
-    arrived = [each().cpu() for each in found]
-    staging.close()
-    assert torch.equal(arrived[0], torch.cat(parts))
-    assert torch.equal(arrived[1], torch.cat(parts).bfloat16())
+    for _ in range(3):
+        staging = Staging(device, chunk=100_000)
+        ((_, found),) = staging.move([Groups([parts, [torch.cat(parts).bfloat16()]])])
+        del staging
+        assert torch.equal(found[0].cpu(), torch.cat(parts))
+        assert torch.equal(found[1].cpu(), torch.cat(parts).bfloat16())
+    staging = Staging(device)
+    ((_, (there, both)),) = staging.move([Groups([[found[0]], [found[0], found[0]]])])
+    assert there is found[0]
+    assert torch.equal(both, torch.cat([there, there]))
