@@ -3,7 +3,7 @@
 A copy from pageable memory is staged by the driver, on one thread, and waits for itself. Here torch's threads read the
 mapped pages, each its share of a buffer, while the GPU fetches what the buffers before it hold. A buffer holds whatever
 lies side by side in the file, parts of several matrices: while Python begins a copy nothing is read. Python's own
-threads were tried as readers and were a third as fast: to wake one each time it wants Python's lock takes too long.
+threads were tried as readers and were half as fast: each piece has them wait for Python's lock.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from lbq.runtime.pinned import Pinned
+from lbq.runtime.link import CudaLink
 
 CHUNK = 16 << 20  # bytes
 SLOTS = 3  # chunks that are read, waiting or on their way
 GAP = 64 << 10  # bytes between two tensors, up to which they are read as one
 
-Move = tuple[torch.Tensor, torch.Tensor]  # from bytes of the host's memory to as many of a device's
+Move = tuple[torch.Tensor, torch.Tensor]  # from the host's memory, contiguous, to as many bytes of a device's
 
 
 class Moving(Protocol):
@@ -56,7 +56,11 @@ class Link(Protocol):
     """Pinned memory, and copies from it to a device, in order."""
 
     def buffer(self, nbytes: int) -> torch.Tensor:
-        """Bytes."""
+        """Bytes that can be pinned."""
+        ...
+
+    def pin(self, buffer: torch.Tensor) -> None:
+        """Pin a buffer that was filled, before the first copy from it."""
         ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -68,7 +72,7 @@ class Link(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the buffers back, nothing being copied from them."""
+        """Pin no buffers any more, nothing being copied from them."""
         ...
 
 
@@ -93,7 +97,7 @@ class InPlace:
 @dataclass
 class _Slot:
     buffer: torch.Tensor
-    done: Done | None = None
+    done: Done | None = None  # of the copies from it; None before the first
 
 
 @dataclass
@@ -133,15 +137,19 @@ class Staging:
         first = group[0]
         shape = (sum(part.shape[0] for part in group), *first.shape[1:])
         target = torch.empty(shape, dtype=first.dtype, device=self._device)
-        flat = _bytes(target)
-        moves += zip(map(_bytes, group), flat.split([part.nbytes for part in group]), strict=True)
+        parts = [part.contiguous() for part in group]
+        moves += zip(parts, _bytes(target).split([part.nbytes for part in parts]), strict=True)
         return target
 
     def _send(self, piece: _Piece) -> None:
         slot = self._slot()
         nbytes = piece.end - piece.begin
         offset = piece.begin - piece.source.untyped_storage().data_ptr()
-        slot.buffer[:nbytes].copy_(piece.source.as_strided((nbytes,), (1,), offset))  # by all of torch's threads
+        slot.buffer[:nbytes].copy_(
+            _bytes(piece.source).as_strided((nbytes,), (1,), offset)
+        )  # by all of torch's threads
+        if slot.done is None:
+            self._link.pin(slot.buffer)
         for start, target in piece.parts:
             self._link.copy(target, slot.buffer[start : start + target.numel()])
         slot.done = self._link.done()
@@ -164,13 +172,13 @@ def pieces(moves: Iterable[Move], chunk: int) -> Iterator[_Piece]:
     storage = 0
     for source, target in sorted(moves, key=lambda move: move[0].data_ptr()):
         begin, mine, done = source.data_ptr(), source.untyped_storage().data_ptr(), 0
-        while done < source.numel():
+        while done < source.nbytes:
             at = begin + done
             if piece is None or mine != storage or at > piece.end + GAP or not 0 <= at - piece.begin < chunk:
                 if piece is not None:
                     yield piece
                 piece, storage = _Piece(source, at), mine
-            count = min(piece.begin + chunk - at, source.numel() - done)
+            count = min(piece.begin + chunk - at, source.nbytes - done)
             piece.parts.append((at - piece.begin, target[done : done + count]))
             piece.end = max(piece.end, at + count)
             done += count
@@ -179,8 +187,8 @@ def pieces(moves: Iterable[Move], chunk: int) -> Iterator[_Piece]:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Flat, uint8; without a copy where it is contiguous."""
-    return tensor.contiguous().flatten().view(torch.uint8)
+    """A contiguous tensor, flat, as uint8."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _close(link: Link, slots: list[_Slot]) -> None:
@@ -189,27 +197,3 @@ def _close(link: Link, slots: list[_Slot]) -> None:
             slot.done.synchronize()
     slots.clear()
     link.close()
-
-
-class CudaLink:
-    """To a CUDA device."""
-
-    def __init__(self) -> None:
-        self._pinned: list[Pinned] = []
-
-    def buffer(self, nbytes: int) -> torch.Tensor:
-        self._pinned.append(Pinned(nbytes))
-        return self._pinned[-1].tensor
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source, non_blocking=True)
-
-    def done(self) -> Done:
-        done = torch.cuda.Event()
-        done.record()
-        return done
-
-    def close(self) -> None:
-        for pinned in self._pinned:
-            pinned.close()
-        self._pinned.clear()

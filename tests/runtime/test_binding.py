@@ -111,6 +111,9 @@ class AtOnce:
     def buffer(self, nbytes):
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def pin(self, buffer):
+        pass
+
     def copy(self, target, source):
         target.copy_(source)
 
@@ -162,6 +165,7 @@ def test_what_moves_is_there_when_kernels_are_made_of_it(make_tiny, monkeypatch,
     kernels = Copier(where=device)
     bound = bind(tiny.weights, kernels)
     assert {f"model.layers.0.self_attn.{x}_proj" for x in "qkv"} <= set(tiny.weights.released)
+    assert len(tiny.weights.released) == len(set(tiny.weights.released))
     assert len(bound.decoder.layers) == len(layers)
     for found, wanted in zip(kernels.made, expected.made, strict=True):
         if isinstance(wanted.weight, PackedWeight):
