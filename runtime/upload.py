@@ -145,9 +145,8 @@ class Staging:
         slot = self._slot()
         nbytes = piece.end - piece.begin
         offset = piece.begin - piece.source.untyped_storage().data_ptr()
-        slot.buffer[:nbytes].copy_(
-            _bytes(piece.source).as_strided((nbytes,), (1,), offset)
-        )  # by all of torch's threads
+        source = _bytes(piece.source).as_strided((nbytes,), (1,), offset)
+        slot.buffer[:nbytes].copy_(source)  # by all of torch's threads
         if slot.done is None:
             self._link.pin(slot.buffer)
         for start, target in piece.parts:
