@@ -21,6 +21,7 @@ from lbq.runtime.fused.plan import ROLES, Plan, Role
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels import batch
 from lbq.runtime.kernels.batch import BatchTile
+from lbq.runtime.kernels.hashes import settle
 
 BATCH_TILES = tuple(BatchTile(split) for split in (1, 2, 4, 8))
 
@@ -102,7 +103,8 @@ def compile_all(bench: Bench, jobs: list[Job]) -> None:
 def start_pool(bench: Bench, models: list[Model]) -> list[Future[str | None]]:
     """Begin to compile what descents will try first, while the main process checks."""
     cores = min(14, (os.cpu_count() or 2) - 1)
-    bench.pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
+    settle()  # here and there, so that what is compiled there is found here
+    bench.pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), initializer=settle)
     jobs: list[Job] = []
     for model in models:
         decoder = model.decoder(bench.device, layers=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from lbq.runtime.decoder import Decoder
 from lbq.runtime.fused.plan import ROLES, Plan, Projecting, Role
@@ -20,7 +21,7 @@ STEPS = 128  # the most words a thread opens in a fully unrolled kernel
 
 REGISTERS = 64  # of a thread for the activations of whole rows; fewer for the rows
 
-AGAIN = 4  # tiles of a role that are tried a second time
+AGAIN = 3  # tiles of a role that are tried a second time, beside the best of each kind
 
 ORDER: tuple[Role, ...] = ("gate_up", "down", "qkv", "out", "head")  # most time first
 
@@ -136,8 +137,8 @@ class Search:
         """Try candidates role by role, keeping what is faster; the last of the list is the plan that won.
 
         Tiles first, where the plan's table does not know them, then for each role the ways to hand planes on and to
-        wait, then the best of the tiles again with all that was found, each in both ways to hand planes on, then
-        attention. Ends early, with what it has, when no time is left.
+        wait, then the best of the tiles again in all of these ways, then attention. Ends early, with what it has, when
+        no time is left.
         """
         tried = [Tried("rule", plan, self.seconds(plan))]
         best, weights = tried[0], step_weights(self.decoder)
@@ -159,16 +160,22 @@ class Search:
         return [*tried, replace(best, what="best")]
 
     def _again(self, tried: list[Tried], plan: Plan, role: Role) -> list[Plan]:
-        """``plan`` with the best few of the tiles tried for ``role``, in both ways to hand planes on."""
+        """``plan`` with the best few of the tiles tried for ``role``, and every way to hand planes on and to wait:
+        which is right for a tile depends on the others."""
         now: Projecting | None = getattr(plan, role)
         ranked = sorted((t for t in tried if t.what == f"{role} tile" and t.seconds == t.seconds), key=_seconds)
-        found = []
-        for one in ranked[:AGAIN]:
+        by_tile: dict[Tile, Projecting] = {}
+        for one in ranked:
             other: Projecting = getattr(one.plan, role)
+            by_tile.setdefault(other.tile, other)
+        found = []
+        for other in _best_of_kinds(list(by_tile.values()), role):
+            basis = other if now is None else now
+            switches = (False, True) if plan.pdl else (basis.ahead,)
             for apart in (False, True) if role in ("out", "gate_up", "down") else (False,):
-                basis = other if now is None else now
-                how = replace(basis, tile=other.tile, apart=apart, early=other.early)
-                found.append(plan.with_role(role, how))
+                for ahead, onward in product(switches, (False, True) if plan.pdl else (basis.onward,)):
+                    how = replace(basis, tile=other.tile, apart=apart, early=other.early, ahead=ahead, onward=onward)
+                    found.append(plan.with_role(role, how))
         return [one for one in found if one != plan][: self.most]
 
     def _attempt(self, tried: list[Tried], best: Tried, what: str, plans: Iterable[Plan]) -> Tried:
@@ -193,6 +200,13 @@ class Search:
             found += list(candidates(plan, role, weight, self.sm_count))[: self.most]
         heads = first_heads(self.decoder)
         return found + [replace(plan, short=short) for short in shorts(heads)[: self.most]]
+
+
+def _best_of_kinds(ranked: list[Projecting], role: Role) -> list[Projecting]:
+    """The best few, the best whose programs own whole blocks of 32 outputs, and the best that goes in rounds."""
+    whole = [one for one in ranked if one.outputs(role) % 32 == 0]
+    rounds = [one for one in ranked if one.tile.rounds > 1]
+    return list(dict.fromkeys([*ranked[:AGAIN], *whole[:1], *rounds[:1]]))
 
 
 def _seconds(one: Tried) -> float:
