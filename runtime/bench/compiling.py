@@ -23,7 +23,9 @@ from lbq.runtime.kernels import batch
 from lbq.runtime.kernels.batch import BatchTile
 from lbq.runtime.kernels.hashes import settle
 
-BATCH_TILES = tuple(BatchTile(split) for split in (1, 2, 4, 8))
+BATCH_TILES = tuple(
+    BatchTile(*each) for each in ((1, 4, 2), (4, 2, 4), (8, 1, 2), (8, 2, 4), (1, 4, 2, 2), (4, 2, 2, 2), (8, 1, 2, 2))
+)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ KINDS: dict[Role, Kind] = {"out": "add", "down": "add", "gate_up": "gated", "qkv
 ROLES: tuple[Role, ...] = ("qkv", "out", "gate_up", "down", "head")
 
 
+SEVERAL_SHORT = Short(until=4096, block=32, warps=2, parts=8)
+
+
 @dataclass(frozen=True)
 class Projecting:
     """How one projection runs.
@@ -45,6 +48,7 @@ class Batching:
 
     tile: BatchTile
     apart: bool = False
+    onward: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,17 +98,17 @@ class Plan:
         measured = self.table.heads(heads) if self.table else None
         found: Split | None = getattr(self, name) or getattr(measured, name, None)
         chosen = found or split_for(heads, sm_count, dtype)
-        return replace(chosen, splits=max(1, min(chosen.splits, 2 * chosen.splits // texts)))
+        return replace(chosen, splits=max(1, chosen.splits // texts))
 
-    def batching(self, role: Role, weight: ArrangedWeight, sm_count: int) -> Batching:
+    def batching(self, role: Role, weight: ArrangedWeight, sm_count: int, texts: int) -> Batching:
         """How ``role`` runs on ``weight`` for several texts."""
         chosen: Batching | None = getattr(self.several, role)
-        return chosen or Batching(tile_for(weight.n, weight.k, weight.bits, sm_count, KINDS[role]))
+        return chosen or Batching(tile_for(weight, texts, sm_count), onward=role != "head")
 
-    def shortening(self, heads: Heads) -> Short | None:
-        """How ``heads`` attend to a short text; None where they cannot."""
-        measured = self.table.heads(heads) if self.table else None
-        short = self.short or (measured.short if measured else Short())
+    def shortening(self, heads: Heads, texts: int = 1) -> Short | None:
+        """How ``heads`` attend to short texts; None where they cannot. Several texts keep a GPU busy by fewer parts."""
+        measured = self.table.heads(heads) if self.table and texts == 1 else None
+        short = self.short or (measured.short if measured else Short() if texts == 1 else SEVERAL_SHORT)
         return short if serves_short(heads) and short.fits(heads) else None
 
     def knows(self, role: Role, weight: ArrangedWeight) -> bool:

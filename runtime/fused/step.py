@@ -129,9 +129,10 @@ class BatchProduct:
             counters=self.counters,
             activation=self.activation,
             pdl=pdl,
+            onward=self.how.onward,
         )
         if self.how.apart:
-            write_planes(self.y, self.to, pdl=pdl)
+            write_planes(self.y, self.to, pdl=pdl, onward=self.how.onward)
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ class FusedStep:
         kinds = {16: torch.float16, 8: torch.int8, 4: torch.uint8}
         splits = {bits: self._plan.splitting(heads, self._sms, kind, self._texts) for bits, kind in kinds.items()}
         whole = None if heads.dim % seen.planes.block == 0 or self._texts == 1 else buffers.vector("attended", out.k)
-        short = self._plan.shortening(heads)
+        short = self._plan.shortening(heads, self._texts)
         return StepLayer(
             self._product("qkv", mixer.qkv, entry.to, qkv, then=out),
             Attending(
@@ -378,7 +379,7 @@ class FusedStep:
         to: Normed | Activations | None,
         activation: Activation,
     ) -> BatchProduct:
-        how = self._plan.batching(role, linear.weight, self._sms)
+        how = self._plan.batching(role, linear.weight, self._sms, self._texts)
         counters = self._buffers.counters(y.shape[1]) if to is not None and not how.apart else None
         return BatchProduct(linear.weight, linear.bias, role, how, x, y, to, counters, activation)
 

@@ -92,7 +92,7 @@ def split_for(heads: Heads, sm_count: int, dtype: torch.dtype = torch.float16) -
 class Short:
     """How a text of up to ``until`` tokens is attended to: in at most ``parts`` parts, ``block`` tokens at a time."""
 
-    until: int = 512
+    until: int = 2048
     block: int = 32
     warps: int = 2
     parts: int = 16

@@ -8,7 +8,6 @@ a decode step of several texts, which ends in what the next kernel reads: ``proj
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log2
 
 import torch
 from triton import cdiv, next_power_of_2
@@ -22,24 +21,25 @@ from lbq.runtime.kernels.project import Activation, Kind, constants, operands
 __all__ = ["TOKENS", "BatchTile", "batch", "planes", "product", "tile_codes", "tile_for", "why_not"]
 
 TOKENS = 16
-WARPS_A_PROCESSOR = 12
-STEPS_A_WARP = 8
 
 
 @dataclass(frozen=True)
 class BatchTile:
-    """How a product runs: programs of ``blocks`` times 16 rows, ``split`` warps to share a row's tiles.
+    """How a product runs: programs of ``blocks`` times ``rows`` times 16 rows, ``split`` warps to share a row's tiles.
 
-    Weights of ``depth`` steps, 1 or 2, are on their way while one is multiplied.
+    A warp multiplies ``rows``, 1 or 2, blocks of 16 by the activations that it loads. Those of ``depth`` steps, 1 to 4,
+    are on their way with the weights of these while others are multiplied.
     """
 
     split: int
     blocks: int = 1
     depth: int = 1
+    rows: int = 1
 
     def __post_init__(self) -> None:
         assert self.split * self.blocks in (1, 2, 4, 8, 16)
-        assert self.depth in (1, 2)
+        assert self.depth in (1, 2, 3, 4)
+        assert self.rows in (1, 2)
 
     @property
     def warps(self) -> int:
@@ -47,7 +47,7 @@ class BatchTile:
 
     def outputs(self, kind: Kind) -> int:
         """Outputs of a program."""
-        return self.blocks * (8 if kind == "gated" else 16)
+        return self.rows * self.blocks * (8 if kind == "gated" else 16)
 
 
 def tile_codes(bits: int) -> int:
@@ -70,12 +70,28 @@ def planes(x: torch.Tensor, bits: int) -> Planes:
     return quantize(x, bits, tile_codes(bits))
 
 
-def tile_for(n: int, k: int, bits: int, sm_count: int, kind: Kind = "store") -> BatchTile:
-    """The rule for a matrix [n, k]: what was best at four tokens of 8B's shapes on an H200, or within 3% of it."""
-    tiles = cdiv(k, tile_codes(bits))
-    wanted = 2 ** round(log2(max(1.0, WARPS_A_PROCESSOR * sm_count * 16 / n)))
-    split = max(2, min(8, wanted, next_power_of_2(tiles // STEPS_A_WARP + 1) // 2))
-    return BatchTile(1 if tiles == 1 else split, 1 if kind == "store" else 2, depth=2)
+def tile_for(weight: ArrangedWeight, tokens: int, sm_count: int) -> BatchTile:
+    """The rule: within some 5% of what was best of each projection of 8B in INT4 for 2, 4 and 8 tokens on an H200.
+
+    From five tokens on a warp has twice the rows: it is activations that take the time to load then.
+    """
+    codes = tile_codes(weight.bits)
+    tiles = cdiv(weight.k, codes)
+    # What registers hold: a tile of several groups needs some for each.
+    room = 1 if weight.group != weight.k and weight.group % codes else 2
+    rows = room if tokens > 4 else 1
+    warps = 32 if weight.bits == 8 and tokens <= 4 else 16  # a multiprocessor, if each had 16 rows
+    split = min(8, _power_of_2(warps * sm_count * 16 // weight.n), _power_of_2(tiles // 4))
+    steps = cdiv(tiles, split)
+    blocks = 2 if rows == 1 and split == 8 and steps <= 4 else max(1, 4 // split)
+    few = steps <= 8 or (weight.bits == 8 and split < 8)
+    depth = (4 if few else 2) if tokens <= 4 else room if tokens <= 8 else 1
+    return BatchTile(split, blocks, depth, rows)
+
+
+def _power_of_2(most: int) -> int:
+    """The largest power of two that is no more than ``most``; 1 at least."""
+    return int(next_power_of_2(most + 1)) // 2 if most > 1 else 1
 
 
 def batch(
@@ -83,7 +99,7 @@ def batch(
 ) -> torch.Tensor:
     """W·x + bias for up to TOKENS tokens: float32 [M, N]. ``bias`` is float32 [N]; ``why_not(weight)`` must be None."""
     y = torch.empty((x.q.shape[0], weight.n), dtype=torch.float32, device=weight.words.device)
-    tile = tile or tile_for(weight.n, weight.k, weight.bits, sm_count(weight.words.device))
+    tile = tile or tile_for(weight, x.q.shape[0], sm_count(weight.words.device))
     product(Activations(x), weight, bias, y, kind="store", tile=tile)
     return y
 
@@ -100,6 +116,7 @@ def product(
     counters: torch.Tensor | None = None,
     activation: Activation = "silu",
     pdl: bool = False,
+    onward: bool = True,
 ) -> None:
     """W·x + bias of M ≤ TOKENS tokens, float32, ended as ``kind`` says: as ``project.project``, with ``y`` [M, N].
 
@@ -119,13 +136,15 @@ def product(
         *operands(x, weight, bias, y, kind, to, counters),
         n,
         m,
-        FOURS=cdiv(m, 4),
+        FOURS=next_power_of_2(cdiv(m, 4)),
         S=tile.split,
         T=tile.blocks,
+        R=tile.rows,
         DEPTH=tile.depth,
         **constants(x, weight, bias, kind, activation, to),
         SIZE_OUT=size,
         PDL=pdl,
+        ONWARD=onward,
         EMULATE=INTERPRETED,
         num_warps=tile.warps,
         **launch_options(pdl),

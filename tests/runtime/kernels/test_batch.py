@@ -28,9 +28,15 @@ CASES += [(4, 320, 64, 5), (4, 160, 32, 2), (8, 160, 32, 3)]  # groups of a half
 if not INTERPRETED:
     CASES += [(bits, k, k, m) for bits in (4, 8) for k in (1536, 4304, 14336) for m in (1, 2, 4, 7, 8, 16)]
     CASES += [(4, 4096, group, m) for group in (32, 64, 256) for m in (1, 2, 4, 7, 8, 16)]
-TILES = [BatchTile(1), BatchTile(2, 2, 2)]
+TILES = [BatchTile(1), BatchTile(2, 2, 2), BatchTile(1, 1, 1, rows=2)]
 if not INTERPRETED:
-    TILES += [BatchTile(8), BatchTile(4, 4, 2), BatchTile(1, 8)]
+    TILES += [
+        BatchTile(8),
+        BatchTile(4, 4, 2),
+        BatchTile(1, 8),
+        BatchTile(4, 1, 4),
+        BatchTile(2, 2, 1, rows=2),
+    ]
 
 
 @pytest.mark.parametrize(("bits", "k", "group", "m"), CASES)
@@ -65,12 +71,18 @@ def test_what_is_broken_stays_with_its_token(random_weight: Weights) -> None:
 
 
 def test_rule_and_refusals(random_weight: Weights) -> None:
-    assert tile_for(6144, 4096, 4, 132) == BatchTile(4, 1, 2)
-    assert tile_for(28672, 4096, 4, 132, "gated") == BatchTile(2, 2, 2)
-    assert tile_for(4096, 4096, 4, 132, "add") == BatchTile(4, 2, 2)
-    assert tile_for(4096, 14336, 4, 132, "add") == BatchTile(8, 2, 2)
-    assert tile_for(128256, 4096, 8, 132) == BatchTile(2, 1, 2)
-    assert tile_for(1024, 100, 4, 132) == BatchTile(1, 1, 2)
+    def rule(n: int, k: int, bits: int, group: int, tokens: int) -> BatchTile:
+        words = torch.empty((n, 0), device="meta")
+        return tile_for(gemv.ArrangedWeight(words, words, bits, group, k), tokens, 132)
+
+    four = [rule(n, k, 4, 256, 4) for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))]
+    assert four == [BatchTile(4, 1, 4), BatchTile(8, 2, 4), BatchTile(1, 4, 2), BatchTile(8, 1, 2)]
+    eight = [rule(n, k, 4, 256, 8) for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))]
+    assert eight == [BatchTile(4, 1, 2, 2), BatchTile(8, 1, 2, 2), BatchTile(1, 4, 2, 2), BatchTile(8, 1, 2, 2)]
+    assert rule(128256, 4096, 8, 4096, 4) == BatchTile(1, 4, 4)
+    assert rule(1024, 100, 4, 100, 2) == BatchTile(1, 4, 4)
+    assert rule(4096, 4096, 4, 32, 8) == BatchTile(8, 2, 1)  # more parts a tile than registers for more
+    assert rule(4096, 4096, 4, 256, 16) == BatchTile(8, 1, 1, 2)
     assert why_not(gemv.arrange(random_weight(4, 192, 3, 64, DEVICE))) == "3-bit codes"
     assert "groups of 48" in str(why_not(gemv.arrange(random_weight(4, 192, 4, 48, DEVICE))))
     for bits, group in ((4, 64), (4, 32), (8, 64), (8, 32)):
@@ -86,7 +98,7 @@ def room(k: int, bits: int, tokens: int, eps: float | None = None) -> Activation
 
 
 # Blocks of 128 or 64 outputs: shared by programs, or owned, or written by a launch of their own.
-WAYS = [BatchTile(2), BatchTile(1, 8), BatchTile(1, 4, 2)]
+WAYS = [BatchTile(2), BatchTile(1, 8), BatchTile(1, 4, 2, rows=2)]
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -116,7 +128,7 @@ def test_added_to_the_stream(bits, to_bits, tile, apart: bool, random_weight: We
         assert relative_error(value(to.to, i), rms_norm(expected[i], w, 1e-6)) <= BOUND
 
 
-@pytest.mark.parametrize("tile", [BatchTile(2), BatchTile(1, 8), BatchTile(1, 16)])
+@pytest.mark.parametrize("tile", [BatchTile(2), BatchTile(1, 8), BatchTile(1, 8, rows=2)])
 def test_gated(tile: BatchTile, random_weight: Weights, relative_error: Error) -> None:
     m, n, k = 3, 200, 256
     weight, x, w = random_weight(2 * n, k, 4, 128, DEVICE), normal(m, k), normal(k, seed=2)

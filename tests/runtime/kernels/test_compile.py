@@ -261,6 +261,7 @@ def _batch(capability: int, kind: str, bits: int, group: int, fours: int, chosen
         "FOURS": fours,
         "S": chosen.split,
         "T": chosen.blocks,
+        "R": chosen.rows,
         "DEPTH": chosen.depth,
         "HAS_BIAS": True,
         "NORMED": kind != "add",
@@ -272,6 +273,7 @@ def _batch(capability: int, kind: str, bits: int, group: int, fours: int, chosen
         "FOLD_OUT": 0.0625,
         "SIZE_OUT": 128,
         "PDL": pdl,
+        "ONWARD": True,
         "EMULATE": False,
     }
     return _compile(batch.batch, capability, chosen.warps, {**types, "N": "i32", "M": "i32"}, constants)
