@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from lbq.runtime.devices import device_errors
-from lbq.runtime.text.generation import Engine, GenerationOptions, Streams
+from lbq.runtime.text.batch import Request
+from lbq.runtime.text.generation import Engine, Finish, GenerationOptions, Streams, stream_text
+from lbq.runtime.text.result import TextStream
 from lbq.runtime.text.sampling import SamplingOptions
+from lbq.runtime.text.tokenizer import Tokenizer
 
 
 class TrackedEngine:
@@ -89,6 +92,20 @@ class EnginePool:
         self._make = make
         self.context = context
         self.idle: TrackedEngine | None = None
+
+    def stream(self, tokenizer: Tokenizer, request: Request, eos_ids: Collection[int]) -> TextStream:
+        """The text that follows a prompt; an engine is taken when it is first read."""
+        return TextStream(self._items(tokenizer, request, eos_ids))
+
+    def _items(
+        self, tokenizer: Tokenizer, request: Request, eos_ids: Collection[int]
+    ) -> Generator[str | Finish, None, None]:
+        ids, options = request.ids, request.options
+        with self.engine() as engine:
+            held = engine.reusable(ids, options)
+            yield from stream_text(
+                engine, tokenizer, ids, options, eos_ids, held=held, continues_text=request.continues
+            )
 
     @contextmanager
     def engine(self) -> Iterator[TrackedEngine]:

@@ -32,7 +32,7 @@ from lbq.runtime.bench.prefill import time_prompts
 from lbq.runtime.bench.sweep import Machine, machine, shape_variants
 from lbq.runtime.bench.sweep import measure as sweep
 from lbq.runtime.devices import CudaDevice, find_device
-from lbq.runtime.model import load
+from lbq.runtime.loading import load
 
 DOCUMENT = Path(__file__).parents[1] / "docs/performance.md"
 TEXT = Path(__file__).parents[1] / "README.md"  # what real models read: prose, code and tables

@@ -143,14 +143,14 @@ def child(folder: Path, began: float, device: str, workers: int, *, phases: bool
 
     clock.at("the command line is imported")
     import lbq.runtime.ahead as model_ahead
-    import lbq.runtime.model as model
+    import lbq.runtime.loading  # noqa: F401  which imports all the rest
 
     clock.at("torch and the runtime are imported")
     model_ahead.WORKERS = workers
     loaded: list[tuple[str, bool]] = []
     if phases:
         loaded = watch_gpu(clock) if device == "cuda" else []
-        watch(clock, model)
+        watch(clock)
     cli.main(["run", str(folder), "-p", PROMPT, "--max-tokens", "1", "--device", device], standalone_mode=False)
     clock.at("done")
     clock.tell()
@@ -158,15 +158,17 @@ def child(folder: Path, began: float, device: str, workers: int, *, phases: bool
     print(f"          kernels: {len(loaded)}, of them compiled here: {len(compiled)} {compiled}", file=sys.stderr)
 
 
-def watch(clock: Clock, model: Any) -> None:
+def watch(clock: Clock) -> None:
+    from lbq.runtime import loading, ready
     from lbq.runtime.devices import CudaDevice
+    from lbq.runtime.model import Model
 
-    clock.watch(model, "open_artifact", "mapped", tell=True)
+    clock.watch(loading, "open_artifact", "mapped", tell=True)
     clock.watch(CudaDevice, "prepare", "memory is taken", tell=True)
-    clock.watch(model, "bind", "bound", tell=True)
+    clock.watch(ready, "bind", "bound", tell=True)
     clock.watch(CudaDevice, "default_context", "kernels ahead are done; context", tell=True)
     clock.watch(CudaDevice, "engine", "engine", tell=True)
-    clock.watch(model.Model, "prompt_ids", "prompt's tokens", tell=True)
+    clock.watch(Model, "prompt_ids", "prompt's tokens", tell=True)
 
 
 def watch_gpu(clock: Clock) -> list[tuple[str, bool]]:

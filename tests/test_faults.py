@@ -735,7 +735,7 @@ def test_any_field_of_a_config(make_checkpoint: Callable[..., Path]) -> None:
 
 def test_what_opens_also_runs(artifact: Path) -> None:
     """A spec that is wrong and yet fits its tensors decodes nonsense, or is refused: it does not crash."""
-    from lbq.runtime.model import load
+    from lbq.runtime import load
 
     path = artifact / "lbq.json"
     manifest = json.loads(path.read_text())

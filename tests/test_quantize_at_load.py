@@ -111,7 +111,7 @@ def test_what_goes_with_bits(kept_artifact: Path, lbq: Lbq, option: str) -> None
 def test_what_is_wrong_is_said_before_the_work(
     checkpoints: Mapping[str, Path], lbq: Lbq, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lbq.runtime.model.bind", lambda *_: pytest.fail("bound"))
+    monkeypatch.setattr("lbq.runtime.ready.bind", lambda *_: pytest.fail("bound"))
     for options in (("--bits", "5"), ("--bits", "4", "--set", "nothing=8"), ("--bits", "4", "--top-p", "7")):
         assert lbq("run", checkpoints["llama"], *SHORT, *options).code == 2
 

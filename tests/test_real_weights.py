@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lbq.conversion import convert
 from lbq.formats.artifact import Artifact, open_artifact
-from lbq.runtime.model import Model, load
+from lbq.runtime import Model, load
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "models/SmolLM2-135M-Instruct"

@@ -59,10 +59,11 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to go on from it."""
+    """A prompt and how to go on from it. ``continues``: the text is shown right after it: a leading space counts."""
 
     ids: Sequence[int]
     options: GenerationOptions
+    continues: bool
 
 
 @dataclass
@@ -118,12 +119,9 @@ def batch_texts(
     tokenizer: Tokenizer,
     requests: Sequence[Request],
     eos_ids: Collection[int],
-    *,
-    continues: Sequence[bool],
 ) -> Generator[tuple[int, str, Finish], None, None]:
     """The texts that follow prompts, each with its number among ``requests``, as they end.
 
-    ``continues``: whether each is shown right after its prompt, so that a leading space counts.
     Prompts must leave room for an answer. A text that waits takes the place of one that has ended; its prompt is taken
     in by itself while the others wait. Times of a text begin with its own prompt.
     """
@@ -134,7 +132,7 @@ def batch_texts(
         index, request = waiting.popleft()
         wanted, room = request.options.max_tokens, batch.context - len(request.ids)
         most = room if wanted is None else min(room, wanted)
-        decoder, stops = tokenizer.stream(continues_text=continues[index]), StopStrings(request.options.stop)
+        decoder, stops = tokenizer.stream(continues_text=request.continues), StopStrings(request.options.stop)
         text = _Text(index, request, most, "length" if most == wanted else "context", decoder, stops)
         batch.begin(place, request.ids, request.options.sampling)
         active[place] = text

@@ -35,7 +35,7 @@ class LbqModel(TemplateLM):  # type: ignore[misc]
     """An artifact, or with ``bits`` a checkpoint that is quantised now, behind the harness's interface.
 
     ``path`` is a folder or a Hub id; ``bits`` to ``revision`` are those of :func:`lbq.load`; ``device``, ``dtype``,
-    ``context`` and ``threads`` those of :class:`lbq.runtime.model.LoadSettings`. Texts are scored one by one, so that
+    ``context`` and ``threads`` those of :class:`lbq.runtime.loading.LoadSettings`. Texts are scored one by one, so that
     ``batch_size`` changes nothing.
     """
 

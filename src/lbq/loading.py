@@ -10,7 +10,8 @@ from lbq.formats.errors import UsageError
 from lbq.formats.manifest import MANIFEST
 from lbq.hub.artifacts import find_artifact
 from lbq.hub.client import OnNote, quiet
-from lbq.runtime.model import LoadSettings, Model, bind_now, open_model, open_weights
+from lbq.runtime.loading import LoadSettings, bind_now, open_model, open_weights
+from lbq.runtime.model import Model
 
 if TYPE_CHECKING:  # an artifact loads without the quantizer
     from lbq.quantizer.prepare import Prepared
@@ -36,7 +37,7 @@ def load(
     ``bits`` to ``revision`` are those of :func:`lbq.convert`, and the codes are those that it would write. The
     checkpoint is quantized tensor by tensor on the device: nothing is written, and memory holds the result and one
     tensor. ``on_note`` hears of what differs from the request, and of the Hub. ``settings``:
-    :class:`lbq.runtime.model.LoadSettings`.
+    :class:`lbq.runtime.loading.LoadSettings`.
 
     Raises StorageError and DataError for files, UsageError for arguments, RemoteError for the Hub, DeviceError for the
     device.

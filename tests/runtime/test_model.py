@@ -19,7 +19,7 @@ from lbq.runtime.binding import Bound, KernelUse
 from lbq.runtime.devices import CpuDevice, CudaDevice
 from lbq.runtime.engine import DecoderEngine
 from lbq.runtime.kernels.linear import Matrix
-from lbq.runtime.model import open_model
+from lbq.runtime.loading import open_model
 
 CPU = {"device": "cpu"}
 PROMPT = [int(i) for i in torch.randint(0, 264, (40,), generator=torch.Generator().manual_seed(5))]
@@ -207,7 +207,7 @@ def test_a_closed_model(kept_artifact):
 
 
 def test_what_a_request_lacks_is_said_before_weights_are_bound(kept_artifact, monkeypatch):
-    monkeypatch.setattr("lbq.runtime.model.bind", lambda *_: pytest.fail("bound"))
+    monkeypatch.setattr("lbq.runtime.ready.bind", lambda *_: pytest.fail("bound"))
     with open_model(kept_artifact, **CPU) as model:
         for use in (model.stream, lambda _, **options: model.chat(**options)):
             for options in ({"temperature": -1}, {"think": True}):
@@ -260,7 +260,7 @@ def test_weights_held(model, kept_artifact):
 
 def test_strict_refuses_a_gpu_that_is_not_used(kept_artifact, monkeypatch):
     found = CpuDevice(exact=False, note="the GPU is not used")
-    monkeypatch.setattr("lbq.runtime.model.find_device", lambda *_, **__: found)
+    monkeypatch.setattr("lbq.runtime.loading.find_device", lambda *_, **__: found)
     assert load(kept_artifact).note == "the GPU is not used"
     with pytest.raises(DeviceError, match="the GPU is not used; refused under --strict"):
         load(kept_artifact, strict=True)
@@ -268,8 +268,8 @@ def test_strict_refuses_a_gpu_that_is_not_used(kept_artifact, monkeypatch):
 
 def test_a_cache_that_a_gpu_has_no_room_for_is_refused_before_weights_are_bound(kept_artifact, monkeypatch):
     found = CudaDevice(exact=False, kv_cache="int4", device=torch.device("meta"))
-    monkeypatch.setattr("lbq.runtime.model.find_device", lambda *_, **__: found)
-    monkeypatch.setattr("lbq.runtime.model.bind", lambda *_: pytest.fail("weights were bound"))
+    monkeypatch.setattr("lbq.runtime.loading.find_device", lambda *_, **__: found)
+    monkeypatch.setattr("lbq.runtime.ready.bind", lambda *_: pytest.fail("weights were bound"))
     monkeypatch.setattr(CudaDevice, "int4_trouble", lambda *_: "heads of 256")
     with pytest.raises(DeviceError, match="in int4: heads of 256: try --kv-cache int8"):
         open_model(kept_artifact, kv_cache="int4")
@@ -296,7 +296,7 @@ def test_strict_refuses_slower_ways_of_prompts_and_of_several_texts(kept_artifac
 def test_strict_names_the_first_fallback(kept_artifact, monkeypatch):
     load(kept_artifact, strict=True, **CPU).close()
     slow = (KernelUse("lm_head", Matrix(5, 32, 4, 32), "a slow kernel", "it is Monday", 1),)
-    monkeypatch.setattr("lbq.runtime.model.bind", lambda *_: Bound(None, slow, 0))
+    monkeypatch.setattr("lbq.runtime.ready.bind", lambda *_: Bound(None, slow, 0))
     with pytest.raises(DeviceError, match="lm_head: a slow kernel, because it is Monday"):
         load(kept_artifact, strict=True, **CPU)
 

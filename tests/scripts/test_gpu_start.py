@@ -51,12 +51,10 @@ def test_what_is_watched_on_a_gpu_is_there(script, monkeypatch):
         def watch(self, owner, name, what, *, tell=False):  # noqa: ARG002
             watched.append(getattr(owner, name))
 
-    import lbq.runtime.model as model
-
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
     clock = Clock(time.time())
     gpu_start.watch_gpu(clock)
-    gpu_start.watch(clock, model)
+    gpu_start.watch(clock)
     assert len(watched) > 8

@@ -16,7 +16,8 @@ from lbq.formats.json_file import MAX_BYTES, decode, read_bytes
 from lbq.formats.wording import counted
 
 if TYPE_CHECKING:
-    from lbq.runtime.model import Model, Prompt, Result
+    from lbq.runtime.model import Model, Prompt
+    from lbq.runtime.text.result import Result
 
 JSON_BEGINS = '["{'  # of prompts; "{" is none, and said to be none
 

@@ -18,7 +18,8 @@ from lbq.formats.errors import DataError, DeviceError, UsageError
 
 if TYPE_CHECKING:
     from lbq.quantizer.prepare import Prepared
-    from lbq.runtime.model import LoadSettings, Model
+    from lbq.runtime.loading import LoadSettings
+    from lbq.runtime.model import Model
     from lbq.runtime.text.generation import Finish
     from lbq.runtime.text.session import ChatSession
 
@@ -164,7 +165,7 @@ class _Loading:
 
 def _open_artifact(artifact: str, wish: Wish, where: LoadSettings) -> tuple[Model, _Loading]:
     from lbq.hub.artifacts import find_artifact
-    from lbq.runtime.model import open_model
+    from lbq.runtime.loading import open_model
 
     if wish.given:
         raise UsageError("--gs, --lm-head, --keep and --set go with --bits, which quantizes a checkpoint")
