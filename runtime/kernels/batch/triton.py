@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from lbq.runtime.kernels.arrivals import arrived, let_in, take_turn
-from lbq.runtime.kernels.gemv.triton import _dot4, _open, store_planes
+from lbq.runtime.kernels.gemv.triton import _dot4, open_codes, store_planes
 from lbq.runtime.kernels.planes.triton import activate, norm_blocks, store_normed
 
 # Rows g and g + 8 of four words each, opened into bytes of one or two halves; planes of four tokens; the scales of both
@@ -67,17 +67,6 @@ def _assembly(bits: int, parts: int, four: int) -> tuple[str, str]:
     return "\n".join([*lines, "}"]), ",".join(["=f"] * 8 + ["r"] * (12 * halves) + ["f"] * 20)
 
 
-def _opening(bits: int, half: int) -> str:
-    """The low or the high nibbles of a word, or all of its bytes, as ``gemv.triton._open`` opens them; one operation
-    where the compiler makes two, for want of a place for a second constant."""
-    if bits == 8:
-        return "xor.b32 $0, $1, 0x80808080;"
-    shifted = "$1" if half else "t"
-    shift = "" if half else "shl.b32 t, $1, 4; "
-    both = 0x6A  # a & b ^ c
-    return f"{{ .reg .b32 t, k; mov.b32 k, 0x80808080; {shift}lop3.b32 $0, {shifted}, 0xf0f0f0f0, k, {both}; }}"
-
-
 def _scale_assembly(bits: int, count: int) -> str:
     """Loads of ``count`` bfloat16 or float32 into the first of four registers, and zeros into the others."""
     load = "ld.global.b16 h, [${1}]; mov.b32 ${0}, {{z, h}};" if bits == 16 else "ld.global.b32 ${0}, [${1}];"
@@ -88,7 +77,6 @@ def _scale_assembly(bits: int, count: int) -> str:
 _WIDTHS = [(4, 1), (4, 2), (4, 4), (8, 1), (8, 2)]  # bits, parts
 _ADD = tl.constexpr({(*way, four): _assembly(*way, four)[0] for way in _WIDTHS for four in range(4)})
 _ADD_OPERANDS = tl.constexpr({bits: _assembly(bits, 1, 0)[1] for bits in (4, 8)})
-_OPEN = tl.constexpr({(bits, half): _opening(bits, half) for bits in (4, 8) for half in (0, 1)})
 _SCALES = tl.constexpr({(bits, count): _scale_assembly(bits, count) for bits in (16, 32) for count in (1, 2, 4)})
 
 
@@ -156,16 +144,6 @@ def _scales(ptr, behind, BITS: tl.constexpr, COUNT: tl.constexpr, EMULATE: tl.co
             dtype=tl.float32, is_pure=True, pack=4,
         )  # fmt: skip
     return s
-
-
-@triton.jit
-def _opened(w, half: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr):
-    """Words as signed bytes; at 4 bits of their low nibbles, 0, or of their high ones, 1."""
-    if EMULATE:
-        found = _open(w, w, w, half, BITS)
-    else:
-        found = tl.inline_asm_elementwise(_OPEN[BITS, half], "=r,r", [w], dtype=tl.int32, is_pure=True, pack=1)
-    return found
 
 
 @triton.jit
@@ -246,13 +224,13 @@ def _times(
         w, v, s, u = weights[block]
         y = sums[2 * block]
         z = sums[2 * block + 1]
-        a0 = _opened(w, 0, BITS, EMULATE)
-        b0 = _opened(v, 0, BITS, EMULATE)
+        a0 = open_codes(w, w, w, 0, BITS, EMULATE)
+        b0 = open_codes(v, v, v, 0, BITS, EMULATE)
         a1 = a0
         b1 = b0
         if BITS == 4:
-            a1 = _opened(w, 1, BITS, EMULATE)
-            b1 = _opened(v, 1, BITS, EMULATE)
+            a1 = open_codes(w, w, w, 1, BITS, EMULATE)
+            b1 = open_codes(v, v, v, 1, BITS, EMULATE)
         for four in tl.static_range(FOURS):
             y, z = _added(
                 y, z, (a0, a1, b0, b1), x[2 * four], x[2 * four + 1], s, u, xs, four, BITS, W, PARTS, EMULATE

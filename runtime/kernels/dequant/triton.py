@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lbq.runtime.kernels.gemv.triton import _open
+from lbq.runtime.kernels.gemv.triton import open_codes
 
 
 @triton.jit(do_not_specialize=["ROWS", "GROUPS"])
@@ -42,7 +42,9 @@ def dequantize(
         w0 = tl.load(at, mask=there, other=0)
         w1 = tl.load(at + WORDS, mask=there, other=0)
         w2 = tl.load(at + 2 * WORDS, mask=there, other=0)
-        w3 = _open(w0, w1, w2, 6, 3) | ((_open(w0, w1, w2, 7, 3) >> 3) & 0x1C1C1C1C)  # the seventh and eighth code
+        seventh = open_codes(w0, w1, w2, 6, 3, True)
+        eighth = open_codes(w0, w1, w2, 7, 3, True)
+        w3 = seventh | ((eighth >> 3) & 0x1C1C1C1C)
         pair = i % 8 // 2
         first = tl.where(pair == 0, w0[:, :, None], w1[:, :, None])
         second = tl.where(pair == 2, w2[:, :, None], w3[:, :, None])

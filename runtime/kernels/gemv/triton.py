@@ -25,6 +25,9 @@ _HIGH_NIBBLES = tl.constexpr(0xF0F0F0F0 - (1 << 32))
 _TOP_THREE = tl.constexpr(0xE0E0E0E0 - (1 << 32))
 _BELOW_TOP = tl.constexpr(0x60606060)
 _DP4A = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
+_NIBBLES = tl.constexpr(
+    "{ .reg .b32 top; mov.b32 top, 0x80808080; lop3.b32 $0, $1, 0xf0f0f0f0, top, 0x6a; }"  # a & b ^ c
+)
 _PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 _TINY = tl.constexpr(1e-30)  # a block of activations below this counts as zero, so that 127 / amax is finite
 _INFINITY = tl.constexpr(float("inf"))
@@ -42,7 +45,17 @@ def _dot4(a, b, c, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _open(w0, w1, w2, r: tl.constexpr, BITS: tl.constexpr):
+def _high_nibbles(w, EMULATE: tl.constexpr):
+    """Those of each byte, less 8, times 16, by one operation: compilers make it two, which have a constant each."""
+    if EMULATE:
+        code = (w & _HIGH_NIBBLES) ^ _TOP_BITS
+    else:
+        code = tl.inline_asm_elementwise(_NIBBLES, "=r,r", [w], dtype=tl.int32, is_pure=True, pack=1)
+    return code
+
+
+@triton.jit
+def open_codes(w0, w1, w2, r: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr):
     """Codes (C/4)·i + r, i = 0…3, of a column as four signed bytes, each times 2^(8−BITS).
 
     ``w0``, or at 3 bits all three, are the column's words: see ``split_planes``.
@@ -50,7 +63,7 @@ def _open(w0, w1, w2, r: tl.constexpr, BITS: tl.constexpr):
     if BITS == 8:
         code = w0 ^ _TOP_BITS
     elif BITS == 4:
-        code = ((w0 << (4 - 4 * r)) & _HIGH_NIBBLES) ^ _TOP_BITS
+        code = _high_nibbles(w0 << (4 - 4 * r), EMULATE)
     elif r < 6:  # whole in a word, its sign in place already
         w = w0 if r < 2 else (w1 if r < 4 else w2)
         code = (w << (3 * (r % 2))) & _TOP_THREE
@@ -233,7 +246,7 @@ def row_products(
         first = tl.zeros([BW, BN], dtype=tl.int32)
         second = tl.zeros([BW, BN], dtype=tl.int32)
         for r in tl.static_range(C // 4):
-            code = _open(w0, w1, w2, r, BITS)
+            code = open_codes(w0, w1, w2, r, BITS, EMULATE)
             x = q_ptr + (r * XC + k0) + cols
             valid = cols + k0 < COLS
             first = _dot4(code, tl.load(x, mask=valid, other=0)[:, None], first, EMULATE)
@@ -277,7 +290,7 @@ def whole_rows(loaded, x, x_scale, BITS: tl.constexpr, BN: tl.constexpr, BW: tl.
     first = tl.zeros([BW, BN], dtype=tl.int32)
     second = tl.zeros([BW, BN], dtype=tl.int32)
     for r in tl.static_range(C // 4):
-        code = _open(w0, w1, w2, r, BITS)
+        code = open_codes(w0, w1, w2, r, BITS, EMULATE)
         first = _dot4(code, x[r][:, None], first, EMULATE)
         second = _dot4(code, x[r + C // 4][:, None], second, EMULATE)
     both = first * 254 + second

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from lbq.runtime.kernels.batch.triton import _assembly, _opening
+from lbq.runtime.kernels.batch.triton import _assembly
+from lbq.runtime.kernels.gemv.triton import _NIBBLES
 
 LANES = np.arange(32)
 GROUP, THREAD = LANES // 4, LANES % 4  # how a load of [16, 8] leaves it: four threads a row, eight rows
@@ -101,10 +102,10 @@ def test_products_of_a_tile_by_four_tokens(bits: int, parts: int, four: int) -> 
             assert np.array_equal(results[f"${first + i}"], expected)
 
 
-@pytest.mark.parametrize(("bits", "half"), [(4, 0), (4, 1), (8, 0)])
-def test_words_opened_as_everywhere(bits: int, half: int) -> None:
+@pytest.mark.parametrize("half", [0, 1])
+def test_nibbles_are_opened_in_one_operation(half: int) -> None:
     words = np.random.default_rng(1).integers(-(2**31), 2**31, 32)
-    opened = bytes_of(execute(_opening(bits, half), {"$1": words})["$0"] & 0xFFFFFFFF)
-    codes = words[:, None] >> (8 * np.arange(4)) & 255
-    expected = codes - 128 if bits == 8 else ((codes >> 4 * half & 15) - 8) * 16
-    assert np.array_equal(opened, expected)
+    shifted = words << (4 - 4 * half)
+    opened = bytes_of(execute(_NIBBLES.value, {"$1": shifted})["$0"] & 0xFFFFFFFF)
+    codes = words[:, None] >> (8 * np.arange(4) + 4 * half) & 15
+    assert np.array_equal(opened, (codes - 8) * 16)
