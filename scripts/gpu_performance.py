@@ -85,7 +85,7 @@ def measure(out: Path, reals: list[Path]) -> None:
 
     for run in runs():
         part(run, decodes(run, on, device), found.decodes)
-    for shape, bits in dict.fromkeys((goal.shape, goal.bits) for goal in GOALS):
+    for shape, bits in dict.fromkeys((goal.shape, goal.bits) for goal in GOALS if goal.prompt):
         part(f"prompts of {shape} INT{bits}", prompts(shape, bits), found.prompts)
     for folder in reals:
         part(folder, (real(at) for at in [folder]), found.reals)
