@@ -164,10 +164,10 @@ def _goal_line(goal: Goal, found: Found) -> str:
     timed = None if goal.prompt else _decode(found, goal.shape, goal.bits, goal.depth, goal.batch)
     speed = f"{timed.tokens:,.0f}" if timed else ""
 
-    def show(number: float) -> str:
-        return f"{number:.1%}" if goal.over in ("floor", "torch BF16") else f"{number:.2f}"
+    def show(number: float, ratio: str = "g") -> str:
+        return f"{number:.1%}" if goal.over in ("floor", "torch BF16") else f"{number:{ratio}}"
 
-    reached = "not measured" if value is None else show(value) + OF[goal.over]
+    reached = "not measured" if value is None else show(value, ".3f") + OF[goal.over]
     if value is not None and goal.met(value, goal.must):
         reached = f"**{reached}**"
     return f"| {goal.name} | {speed} | {reached} | {show(goal.must)} | {show(goal.aim)} |"

@@ -54,7 +54,7 @@ def test_shares_and_ratios():
     assert values[f"{LLAMA} INT8"] is None
     text = render(one)
     assert f"| {LLAMA} INT4 | 700 | **69.0%** | 66.0% | 80.0% |" in text
-    assert f"| {LLAMA} INT4, 2 texts | 1,250 | **1.12 × one text's step** | 1.20 | 1.10 |" in text
+    assert f"| {LLAMA} INT4, 2 texts | 1,250 | **1.120 × one text's step** | 1.2 | 1.1 |" in text
     assert f"| {LLAMA} INT4 at depth 32,768 | 300 | 40.0% |" in text  # not reached, so not bold
     assert f"| {LLAMA} INT8 |  | not measured |" in text
     assert "| 700 (699 – 701) | 69.0% | 600 | 200 |" in text

@@ -11,8 +11,8 @@ from lbq.page.axes import Axis, logarithmic
 from lbq.page.numbers import number
 from lbq.runtime.bench.sweep import Report
 
-WIDTH, HEIGHT = 840, 460
-LEFT, RIGHT, TOP, BOTTOM = 76, 230, 56, 52  # margins; labels of points stand in the right one too
+WIDTH, HEIGHT = 860, 460
+LEFT, RIGHT, TOP, BOTTOM = 76, 250, 56, 52  # margins; labels of points stand in the right one too
 LINE = 15  # between labels
 
 STYLE = """\
