@@ -45,6 +45,8 @@ def tiles(role: Role, k: int, bits: int) -> list[Tile]:
         found += [Tile(r, c, w) for r, c, w in ((8, 32, 2), (4, 64, 4), (16, 64, 8), (32, 32, 4))]
     if role in ("out", "down", "gate_up"):  # programs that own whole blocks of 32 outputs
         found += [Tile(32 * least, c, w) for c, w in ((32, 2), (32, 4), (64, 4), (64, 8), (128, 8), (128, 16))]
+        # And halves of them, where blocks are no multiple of the multiprocessors.
+        found += [Tile(16 * least, c, w) for c, w in ((64, 4), (64, 8), (128, 8), (128, 16))]
     found += _whole_rows(least, k, bits)
     found = list(dict.fromkeys(found))
     found = [t for t in found if t.columns < 2 * columns or t.columns == 32]
