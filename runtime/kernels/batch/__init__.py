@@ -83,7 +83,8 @@ def tile_for(weight: ArrangedWeight, tokens: int, sm_count: int) -> BatchTile:
     warps = 32 if weight.bits == 8 and tokens <= 4 else 16  # a multiprocessor, if each had 16 rows
     split = min(8, _power_of_2(warps * sm_count * 16 // weight.n), _power_of_2(tiles // 4))
     steps = cdiv(tiles, split)
-    blocks = 2 if rows == 1 and split == 8 and steps <= 4 else max(1, 4 // split)
+    # Sixteen warps have 128 registers a thread, too few for more than eight tokens.
+    blocks = 2 if rows == 1 and split == 8 and steps <= 4 and tokens <= 8 else max(1, 4 // split)
     few = steps <= 8 or (weight.bits == 8 and split < 8)
     depth = (4 if few else 2) if tokens <= 4 else room if tokens <= 8 else 1
     return BatchTile(split, blocks, depth, rows)

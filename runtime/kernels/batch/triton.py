@@ -40,7 +40,7 @@ def _assembly(bits: int, parts: int, four: int) -> tuple[str, str]:
     """The products of one tile and a four of tokens: PTX and its constraints. Operands from $8 on: the opened words of
     rows g, then of rows g + 8, then of the planes, at 4 bits first the low nibbles' of all four, then the high ones';
     four registers each of the scales of rows g and of rows g + 8, a part in each, and of tokens, a four in each; and
-    the sums of rows g and of rows g + 8.
+    the sums of rows g and of rows g + 8. Results are written while operands are still to be read ("&").
     """
     halves = 8 // bits  # registers that a word opens into
     low, high, x = 8, 8 + 4 * halves, 8 + 8 * halves
@@ -64,7 +64,7 @@ def _assembly(bits: int, parts: int, four: int) -> tuple[str, str]:
             before = result if part else sums + result
             lines.append(_ADDED.format(scale + part, tokens + four, *planes, result, before))
     lines += [f"mov.b32 ${i}, ${sums + i};" for i in range(8) if i % 4 != four]
-    return "\n".join([*lines, "}"]), ",".join(["=f"] * 8 + ["r"] * (12 * halves) + ["f"] * 20)
+    return "\n".join([*lines, "}"]), ",".join(["=&f"] * 8 + ["r"] * (12 * halves) + ["f"] * 20)
 
 
 def _scale_assembly(bits: int, count: int) -> str:

@@ -83,6 +83,7 @@ def test_rule_and_refusals(random_weight: Weights) -> None:
     assert rule(1024, 100, 4, 100, 2) == BatchTile(1, 4, 4)
     assert rule(4096, 4096, 4, 32, 8) == BatchTile(8, 2, 1)  # more parts a tile than registers for more
     assert rule(4096, 4096, 4, 256, 16) == BatchTile(8, 1, 1, 2)
+    assert rule(4096, 4096, 4, 32, 16) == BatchTile(8, 1, 1)  # sixteen warps would spill
     assert why_not(gemv.arrange(random_weight(4, 192, 3, 64, DEVICE))) == "3-bit codes"
     assert "groups of 48" in str(why_not(gemv.arrange(random_weight(4, 192, 4, 48, DEVICE))))
     for bits, group in ((4, 64), (4, 32), (8, 64), (8, 32)):

@@ -79,7 +79,7 @@ def test_products_of_a_tile_by_four_tokens(bits: int, parts: int, four: int) -> 
     # Opened words [halves, 16 words, 8 rows] of two blocks of rows, and planes [halves, 16 words, 8 = 4 tokens × 2].
     low, high, x = (random.integers(-(2**31), 2**31, (halves, 16, 8)).astype(np.int64) for _ in range(3))
     text, constraints = _assembly(bits, parts, four)
-    assert constraints == ",".join(["=f"] * 8 + ["r"] * 12 * halves + ["f"] * 20)
+    assert constraints == ",".join(["=&f"] * 8 + ["r"] * 12 * halves + ["f"] * 20)
     operands, number = {}, 8
     for tensor in (low, high, x):
         for half in range(halves):

@@ -21,11 +21,11 @@ from lbq.runtime.bench.weights import RandomWeights
 from lbq.runtime.fused.tables import Table, shipped
 from lbq.runtime.kernels.attention import Heads, _together, packed, shared_memory, short, split_for
 from lbq.runtime.kernels.attention import triton as attention
-from lbq.runtime.kernels.batch import BatchTile
+from lbq.runtime.kernels.batch import BatchTile, tile_for
 from lbq.runtime.kernels.batch import triton as batch
 from lbq.runtime.kernels.dense import triton as dense
 from lbq.runtime.kernels.dequant import triton as dequant
-from lbq.runtime.kernels.gemv import Tile, plane_columns, tile
+from lbq.runtime.kernels.gemv import ArrangedWeight, Tile, plane_columns, tile
 from lbq.runtime.kernels.gemv import triton as gemv
 from lbq.runtime.kernels.gemv.tiles import codes_a_column
 from lbq.runtime.kernels.gpu import LEAST_SHARED, Gpu
@@ -427,6 +427,26 @@ def test_batches(capability: int, tmp_path: Path) -> None:
         assert f"{layout.group(1)} = #ttg.blocked<{{{wanted}}}>" in compiled.asm["ttgir"]
         for result in re.findall(r"elementwise_inline_asm .*-> (.*)", compiled.asm["ttgir"]):
             assert set(re.findall(r"(#\w+)>", result)) == {layout.group(1)}
+
+
+@pytest.mark.parametrize("capability", SOME)
+def test_the_rules_tiles_of_batches(capability: int, tmp_path: Path) -> None:
+    for n, bits, group, tokens in [(4096, 4, 256, 4), (28672, 4, 256, 8), (4096, 4, 256, 16), (4096, 4, 32, 16)]:
+        weight = ArrangedWeight(torch.empty((n, 0)), torch.empty((n, 0)), bits, group, 4096)
+        kind, chosen = "add" if n == 4096 else "gated", tile_for(weight, tokens, SM_COUNTS[capability])
+        _check(_batch(capability, kind, bits, group, triton.cdiv(tokens, 4), chosen, pdl=False), tmp_path)
+
+
+def test_batches_wait_after_the_first_weights_and_before_the_activations() -> None:
+    ptx = _batch(90, "add", 4, 256, 2, BatchTile(8, 1, 2, 2), pdl=True).asm["ptx"]
+    before, after = ptx.split("griddepcontrol.wait")
+    assert before.index("griddepcontrol.launch_dependents") < before.index("ld.global")
+    weights = re.findall(r"ld\.global\S*evict_first", before)
+    assert len(weights) == 2 * 2 * 2  # both halves of a block's rows: of two blocks, for two steps
+    scales_of_tokens = r"ld\.global\.b32 %"  # by assembly, which compilers may move as far as its operands let them
+    assert not re.search(scales_of_tokens, before)
+    assert re.search(scales_of_tokens, after)
+    assert "st.global" not in before
 
 
 @pytest.mark.parametrize("capability", SOME)
