@@ -7,6 +7,8 @@ from contextlib import suppress
 
 import torch
 
+from lbq.formats.errors import DeviceError
+
 
 class CudaLink:
     """:class:`lbq.runtime.upload.Link` to a CUDA device.
@@ -43,7 +45,8 @@ class CudaLink:
 
 
 def _check(error: object) -> None:
-    """Raise what the runtime answered, unless that is success."""
+    """Raise DeviceError with what the runtime answered, unless that is success."""
     code = int(error)  # type: ignore[call-overload]
     if code:
-        raise torch.cuda.CudaError(code)
+        answer = torch.cuda.CudaError(code)
+        raise DeviceError(f"the GPU fails: memory cannot be pinned for it: {answer}; try --device cpu")

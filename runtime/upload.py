@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
 
+from lbq.formats.errors import DeviceError
 from lbq.runtime.link import CudaLink
 
 CHUNK = 16 << 20  # bytes
@@ -60,7 +62,7 @@ class Link(Protocol):
         ...
 
     def pin(self, buffer: torch.Tensor) -> None:
-        """Pin a buffer that was filled, before the first copy from it."""
+        """Pin a buffer that was filled, before the first copy from it. Raises DeviceError where that cannot be."""
         ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -149,9 +151,11 @@ class Staging:
         slot.buffer[:nbytes].copy_(source)  # by all of torch's threads
         if slot.done is None:
             self._link.pin(slot.buffer)
-        for start, target in piece.parts:
-            self._link.copy(target, slot.buffer[start : start + target.numel()])
-        slot.done = self._link.done()
+        try:
+            for start, target in piece.parts:
+                self._link.copy(target, slot.buffer[start : start + target.numel()])
+        finally:  # those begun before an interrupt too
+            slot.done = self._link.done()
 
     def _slot(self) -> _Slot:
         """The buffer that was used longest ago, free again."""
@@ -191,8 +195,9 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _close(link: Link, slots: list[_Slot]) -> None:
-    for slot in slots:
-        if slot.done is not None:
-            slot.done.synchronize()
+    with suppress(RuntimeError, DeviceError):  # of a device that has failed, which was said: here is nobody to tell
+        for slot in slots:
+            if slot.done is not None:
+                slot.done.synchronize()
+        link.close()
     slots.clear()
-    link.close()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lbq.formats.errors import DeviceError
+from lbq.runtime.link import CudaLink
 from lbq.runtime.upload import GAP, InPlace, Staging, mover, pieces
 
 CPU = torch.device("cpu")
@@ -120,6 +123,48 @@ def test_a_ring_that_is_dropped_waits_and_gives_its_buffers_back():
     gc.collect()
     assert link.closed
     assert torch.equal(found, part)
+
+
+def test_copies_that_were_begun_before_an_interrupt_are_waited_for():
+    class Interrupted(Late):
+        def copy(self, target, source):
+            if self.begun.copies:
+                raise KeyboardInterrupt
+            super().copy(target, source)
+            targets.append(target)
+
+    parts, targets = parts_of(torch.uint8, (3, 5), (2, 5)), []
+    file = torch.cat(parts)  # read as one piece
+    staging = Staging(CPU, link=Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        list(staging.move([Groups([[file[:3]], [file[3:]]])]))
+    staging.close()
+    assert torch.equal(targets[0], parts[0].view(-1))
+
+
+def test_a_device_that_has_failed_is_not_told_of_twice():
+    """What a finalizer raises would be printed as a traceback, and fails a test here."""
+
+    class Failed(Late):
+        def done(self):
+            return Failing()
+
+    class Failing:
+        def synchronize(self):
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+    staging = Staging(CPU, link=Failed())
+    list(staging.move([Groups([parts_of(torch.int32, (3, 5))])]))
+    del staging
+    gc.collect()
+
+
+def test_memory_that_cannot_be_pinned_is_said(monkeypatch):
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "CudaError", lambda code: RuntimeError(f"out of memory ({code})"))
+    with pytest.raises(DeviceError, match=r"pinned.*out of memory \(2\); try --device cpu"):
+        moved([parts_of(torch.int32, (3, 5))], CudaLink())
 
 
 def test_vectors_and_what_is_not_contiguous():
