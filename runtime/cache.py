@@ -36,10 +36,6 @@ class MixerState(Protocol):
         """Forget every token from position ``length`` on."""
         ...
 
-    def wipe(self) -> None:
-        """Forget all, values that are no numbers too."""
-        ...
-
 
 class KVCache:
     """Keys and values of one attention layer, [2, kv_heads, capacity, head_dim].
@@ -111,12 +107,6 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Nothing to do: slots from ``length`` on are written before they are read."""
 
-    def wipe(self) -> None:
-        """Zero all slots."""
-        self.kv.zero_()
-        if self.scales is not None:
-            self.scales.zero_()
-
 
 def packed(new: torch.Tensor, turn: Turn, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [2, kv_heads, T, head_dim] as a cache of ``dtype``, of PACKED, keeps them; and their scales."""
@@ -173,9 +163,3 @@ class DecoderState:
         for layer in self.layers:
             layer.truncate(length)
         self.length = length
-
-    def wipe(self) -> None:
-        """Keep nothing, after a text whose keys and values overflowed: a slot that is masked is multiplied by zero."""
-        for layer in self.layers:
-            layer.wipe()
-        self.length = 0

@@ -16,7 +16,6 @@ from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
 from lbq.runtime.kernels.sample import Chain, Choice, choose
 from lbq.runtime.key_units import measure_units
-from lbq.runtime.text.batch import BROKEN
 from lbq.runtime.text.sampling import SamplingOptions
 
 
@@ -53,7 +52,8 @@ def several_state(decoder: Decoder, slots: int, texts: int, dtype: torch.dtype) 
 class FusedBatch:
     """A :class:`lbq.runtime.text.batch.Batch` on a decoder for which ``step.why_not(decoder, places)`` is None.
 
-    A place whose text has ended goes on by garbage until a new text takes it: a step costs the same whatever ends.
+    A place whose text has ended goes on by garbage until a new text takes it: a step costs the same whatever ends. What
+    that leaves in slots behind a text, infinities too, is read by nobody: kernels load zeros in their place.
     """
 
     def __init__(
@@ -80,7 +80,6 @@ class FusedBatch:
         self._graphs = StepGraphs(self._step, self._chain, self._state, pdl=plan.pdl, graphs=graphs)
         self._choices: dict[int, Choice] = {}  # of the places in use
         self._next = [0] * places  # the position of the last token chosen
-        self._overflowed: set[int] = set()  # places whose keys and values may be no numbers
         self._asking = _Asking(self._chain.history)
 
     @property
@@ -95,9 +94,6 @@ class FusedBatch:
 
     def begin(self, place: int, ids: Sequence[int], sampling: SamplingOptions, *, held: int = 0) -> None:
         text, part = self.engines[place], self._chain.of_text(place)
-        if place in self._overflowed:
-            text._state.wipe()
-            self._overflowed.remove(place)
         text._state.length = held
         logits = text.prefill(ids)
         self._choices[place] = make_ready(part, sampling, ids)
@@ -115,9 +111,7 @@ class FusedBatch:
         self._asking.ask()
         if more:
             self.step()
-        found = self._asking.read()
-        self._overflowed |= {place for place in self._choices if found[place] == BROKEN}
-        return [token if place in self._choices else None for place, token in enumerate(found)]
+        return [token if place in self._choices else None for place, token in enumerate(self._asking.read())]
 
     def step(self) -> None:
         """Launch a step at the tokens chosen last, and the choice of those behind them."""
