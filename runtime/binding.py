@@ -1,7 +1,7 @@
 """Weights by exact name from the spec into a decoder: one kernel for each fused unit, unit by unit.
 
 Never more than one unit is in memory twice, or one layer on a GPU: its parts are joined, handed to the device's kernel,
-and the mapped pages they came from are released.
+and the mapped pages they came from are released; for a GPU all at the end.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def depths(bench: Bench, model: Model) -> None:
 def batches(bench: Bench, model: Model) -> None:
     """One layer's products for a few tokens: tensor cores in one pass, the present kernel's pass a token, torch."""
     decoder = model.decoder(bench.device, layers=1)
-    bench.say("| product | tokens | tensor cores: best warps, µs, error | a pass a token, µs | torch BF16, µs |")
+    bench.say("| product | tokens | tensor cores: best tile, µs, error | a pass a token, µs | torch BF16, µs |")
     bench.say("|---|---|---|---|---|")
     for role, weight in step_weights(decoder).items():
         if role == "head" or batch.why_not(weight) is not None:
@@ -62,9 +62,7 @@ def batches(bench: Bench, model: Model) -> None:
             passes = _cold(bench, weight, partial(gemv.gemv, gemv.quantize(x, weight.bits)))
             dense = torch.randn(weight.n, weight.k, device=bench.device).bfloat16()
             torchs = bench.clock.seconds([partial(torch.nn.functional.linear, x.bfloat16(), dense)], least=4)
-            cells = (
-                f"{best[1].split} warps {best[0] * 1e6:.1f} err {error:.1e} | {passes * 1e6:.1f} | {torchs * 1e6:.1f}"
-            )
+            cells = f"{_named(best[1])} {best[0] * 1e6:.1f} err {error:.1e} | {passes * 1e6:.1f} | {torchs * 1e6:.1f}"
             bench.say(f"| {role} {weight.n}×{weight.k} INT{weight.bits} | {tokens} | {cells} |")
 
 
@@ -78,6 +76,10 @@ def _best_batch(bench: Bench, weight: ArrangedWeight, tokens: int) -> tuple[tupl
     first = PackedWeight(weight.words[:rows], weight.scales[:rows], weight.bits, weight.group, weight.k)
     y = batch.batch(planes, weight, tile=best[1])[:, :rows]
     return best, relative_error(y, float64_product(x, first))
+
+
+def _named(tile: BatchTile) -> str:
+    return f"{tile.blocks} × {16 * tile.rows} rows by {tile.split} warps, {tile.depth} steps ahead"
 
 
 def _cold(bench: Bench, weight: ArrangedWeight, product: Callable[[ArrangedWeight], object]) -> float:

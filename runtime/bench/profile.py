@@ -205,7 +205,7 @@ def _with_planes(engine: DecoderEngine, launches: Sequence[Launch]) -> Iterator[
     if step is not None:
         for i, layer in enumerate(step.layers):
             for offset, product in ((2, layer.out), (3, layer.gate_up), (4, layer.down)):
-                apart[5 * i + offset] = product.how.apart
+                apart[5 * i + offset] = product.apart
     for i, launch in enumerate(launches):
         yield launch
         if apart.get(i):

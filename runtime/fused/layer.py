@@ -39,6 +39,11 @@ class Product:
     activation: Activation = "silu"
     following: ArrangedWeight | None = None  # of the projection after this one
 
+    @property
+    def apart(self) -> bool:
+        """Whether its planes are written by a launch of their own."""
+        return self.how.apart and self.to is not None
+
     def launch(self, *, pdl: bool) -> None:
         """The product, and where it is done apart the writing of its planes."""
         project(
@@ -48,7 +53,7 @@ class Product:
             self.y,
             kind=KINDS[self.role],
             tile=self.how.tile,
-            to=None if self.how.apart else self.to,
+            to=None if self.apart else self.to,
             counters=self.counters,
             activation=self.activation,
             pdl=pdl,
@@ -58,7 +63,7 @@ class Product:
             following=self.following,
             lines=self.how.lines,
         )
-        if self.how.apart:
+        if self.apart:
             write_planes(self.y, self.to, pdl=pdl, onward=self.how.onward)
 
 
@@ -76,8 +81,12 @@ class BatchProduct:
     counters: torch.Tensor | None = None
     activation: Activation = "silu"
 
+    @property
+    def apart(self) -> bool:
+        """Its planes are always written by its programs."""
+        return False
+
     def launch(self, *, pdl: bool) -> None:
-        """The product, and where it is done apart the writing of its planes."""
         batch.product(
             self.x,
             self.weight,
@@ -85,14 +94,12 @@ class BatchProduct:
             self.y,
             kind=KINDS[self.role],
             tile=self.how.tile,
-            to=None if self.how.apart else self.to,
+            to=self.to,
             counters=self.counters,
             activation=self.activation,
             pdl=pdl,
             onward=self.how.onward,
         )
-        if self.how.apart:
-            write_planes(self.y, self.to, pdl=pdl, onward=self.how.onward)
 
 
 @dataclass(frozen=True)

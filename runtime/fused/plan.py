@@ -41,22 +41,10 @@ class Projecting:
 
 @dataclass(frozen=True)
 class Batching:
-    """How one projection of several texts runs; ``apart`` as in :class:`Projecting`."""
+    """How one projection of several texts runs."""
 
     tile: BatchTile
-    apart: bool = False
     onward: bool = True
-
-
-@dataclass(frozen=True)
-class Several:
-    """What was chosen for steps of several texts; what is None follows the rule."""
-
-    qkv: Batching | None = None
-    out: Batching | None = None
-    gate_up: Batching | None = None
-    down: Batching | None = None
-    head: Batching | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,7 @@ class Plan:
     eight: Split | None = None  # of int8 caches
     four: Split | None = None  # of those of 4 bits
     short: Short | None = None
-    several: Several = Several()
+    several: BatchTile | None = None  # of all projections of several texts
     pdl: bool = False  # programmatic dependent launch, sm_90 on
     table: Table | None = None  # what was measured on this GPU
 
@@ -99,13 +87,12 @@ class Plan:
 
     def batching(self, role: Role, weight: ArrangedWeight, sm_count: int, texts: int) -> Batching:
         """How ``role`` runs on ``weight`` for several texts."""
-        chosen: Batching | None = getattr(self.several, role)
-        return chosen or Batching(tile_for(weight, texts, sm_count), onward=role != "head")
+        return Batching(self.several or tile_for(weight, texts, sm_count), onward=role != "head")
 
     def shortening(self, heads: Heads, texts: int = 1) -> Short | None:
-        """How ``heads`` attend to short texts; None where they cannot. Several texts keep a GPU busy by fewer parts."""
+        """How ``heads`` attend to short texts; None where they cannot."""
         measured = self.table.heads(heads) if self.table and texts == 1 else None
-        short = self.short or (measured.short if measured else _short(texts))
+        short = self.short or (measured.short if measured else _short(heads, texts))
         return short if serves_short(heads) and short.fits(heads) else None
 
     def knows(self, role: Role, weight: ArrangedWeight) -> bool:
@@ -129,9 +116,11 @@ class Plan:
         return replace(self, **changed)
 
 
-def _short(texts: int) -> Short:
-    """What was good on an H200 at 256 to 2,048 tokens; several texts keep a GPU busy by fewer parts."""
-    return Short() if texts == 1 else Short(until=4096, block=64 if texts < 4 else 32, warps=2, parts=8)
+def _short(heads: Heads, texts: int) -> Short:
+    """What was good on an H200 at 256 to 2,048 tokens; several texts keep a GPU busy by fewer parts. A thread has no
+    registers for more than 32 tokens of heads wider than 128."""
+    block = 64 if texts < 4 and heads.dim <= 128 else 32
+    return Short() if texts == 1 else Short(until=4096, block=block, warps=2, parts=8)
 
 
 def _rule(role: Role, weight: ArrangedWeight, sm_count: int) -> Projecting:

@@ -126,7 +126,7 @@ class FusedStep:
     def launches(self) -> int:
         """Kernels a step."""
         layers = [product for role in ROLES if role != "head" for product in self.products(role)]
-        apart = sum(product.how.apart and product.to is not None for product in layers)
+        apart = sum(product.apart for product in layers)
         attentions = sum(1 if layer.attention.whole is None else 2 for layer in self.layers)
         return 2 + len(layers) + attentions + apart
 
@@ -251,7 +251,7 @@ class FusedStep:
         activation: Activation,
     ) -> BatchProduct:
         how = self._plan.batching(role, linear.weight, self._sms, self._texts)
-        counters = self._buffers.counters(y.shape[1]) if to is not None and not how.apart else None
+        counters = None if to is None else self._buffers.counters(y.shape[1])
         return BatchProduct(linear.weight, linear.bias, role, how, x, y, to, counters, activation)
 
     def _table(self, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:

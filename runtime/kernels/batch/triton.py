@@ -7,7 +7,7 @@
 ``mma.m16n8k32`` multiplies 16 rows by 8 columns; here the columns are the two int8 planes of four tokens. Its operands
 lie in registers as a load of 16 bytes a thread leaves them: of a warp's 32 threads four read 64 bytes of a row, and the
 eight groups of four read eight rows, which is how the instruction wants its first operand, but for the order along K,
-and the activations are read in the same order. So weights go from memory through two logic operations into the tensor
+and the activations are read in the same order. So weights go from memory through an operation or two into the tensor
 core, with no shuffle and no shared memory. That rests on the layout that Triton gives a tile [16, 8 · warps] whose
 first axis is contiguous; ``test_compile`` checks it. The second axis is the warp and the row: some warps have the same
 rows and share their tiles out between them, others have other rows.

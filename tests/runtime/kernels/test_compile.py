@@ -18,6 +18,7 @@ from lbq.runtime import turn
 from lbq.runtime.ahead import PROMPTS, Job
 from lbq.runtime.bench.shapes import SHAPES as MODELS
 from lbq.runtime.bench.weights import RandomWeights
+from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.tables import Table, shipped
 from lbq.runtime.kernels.attention import Heads, _together, packed, shared_memory, short, split_for
 from lbq.runtime.kernels.attention import triton as attention
@@ -336,6 +337,15 @@ def test_attention_to_a_short_text(capability: int, tmp_path: Path) -> None:
         loads = _check(compiled, tmp_path, shared_limit=8192, stack=8)
         assert sum(VECTOR in load for load in loads) >= 2 * block * dim // (256 * warps)  # keys and values
         assert compiled.asm["ptx"].count("bar.sync") <= 16  # warps meet at the end, and for the merge
+
+
+@pytest.mark.parametrize("capability", SOME)
+@pytest.mark.parametrize("dim", [128, 256])
+def test_the_rules_attention_to_short_texts(dim: int, capability: int, tmp_path: Path) -> None:
+    for texts in (2, 4):
+        how = Plan().shortening(Heads(8, 4, dim, dim, 1.0), texts)
+        assert how is not None
+        _check(_attend_short(capability, 4, dim, how.block, how.warps, pdl=capability == 90), tmp_path, stack=48)
 
 
 def test_dependent_launch_waits_after_the_first_weights_and_before_the_activations() -> None:
