@@ -172,6 +172,15 @@ def test_short_texts(heads: Heads, relative_error: Error) -> None:
             assert relative_error(*text.run(position)) <= 1e-4
 
 
+@pytest.mark.parametrize("short", [Short(4096, 16, 1, 32), Short(4096, 32, 2, 8), Short()], ids=str)
+def test_the_longest_short_texts(short: Short, relative_error: Error) -> None:
+    """Those of one text on an H200, of several, and of the rule: each part goes through many blocks."""
+    text = Text.make(heads_of(1, 2, 128), short.until, short=short)
+    text.fill(short.until - 1)
+    for position in (short.until // 3, short.until - 1):
+        assert relative_error(*text.run(position)) <= 1e-4
+
+
 @pytest.mark.parametrize("short", [None, SHORTS[2]])
 @pytest.mark.parametrize(("bits", "window"), WINDOWS)
 def test_windows(bits: int, window: int, short: Short | None, relative_error: Error) -> None:
