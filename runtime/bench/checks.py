@@ -137,9 +137,11 @@ def _attended(bench: Bench, heads: Heads, position: int, dtype: torch.dtype, bou
     else:
         attend_short(*text, Scratch.empty_short(heads, short, bench.device), short, to, pdl=bench.pdl)
     q, _, _ = plain_attention.new_entry(qkv, heads, None, None, angles[0][position], angles[1][position])
-    k, v = cache.kv[:, :, : position + 1].double()
-    if cache.scales is not None and cache.turn is not None:
-        k, v = opened(cache.kv[:, :, : position + 1], cache.scales[:, :, : position + 1].double(), cache.turn)
+    kv = cache.kv[:, :, : position + 1]
+    if cache.scales is None or cache.turn is None:
+        k, v = kv.double()
+    else:
+        k, v = opened(kv, cache.scales[:, :, : position + 1].double(), cache.turn)
     error = relative_error(value(to), plain_attention.attend(q, k, v, heads))
     kind = name_of(dtype) + (f" {short.parts}×{short.block}/{short.warps}" if short else "")
     return f"attention {heads.kv_heads}×{heads.group}×{heads.dim} {kind} | position {position}", error, bound

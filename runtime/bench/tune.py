@@ -173,11 +173,11 @@ class Search:
         found = []
         for other in _best_of_kinds(list(by_tile.values()), role):
             basis = other if now is None else now
-            switches = (False, True) if plan.pdl else (basis.ahead,)
-            for apart in (False, True) if role in ("out", "gate_up", "down") else (False,):
-                for ahead, onward in product(switches, (False, True) if plan.pdl else (basis.onward,)):
-                    how = replace(basis, tile=other.tile, apart=apart, early=other.early, ahead=ahead, onward=onward)
-                    found.append(plan.with_role(role, how))
+            aparts = (False, True) if role in ("out", "gate_up", "down") else (False,)
+            waits = list(product((False, True), repeat=2)) if plan.pdl else [(basis.ahead, basis.onward)]
+            for apart, (ahead, onward) in product(aparts, waits):
+                how = replace(basis, tile=other.tile, apart=apart, early=other.early, ahead=ahead, onward=onward)
+                found.append(plan.with_role(role, how))
         return [one for one in found if one != plan][: self.most]
 
     def _attempt(self, tried: list[Tried], best: Tried, what: str, plans: Iterable[Plan]) -> Tried:

@@ -10,7 +10,7 @@ import torch
 from lbq.runtime.cache import PACKED, DecoderState, MixerState
 from lbq.runtime.decoder import Decoder, Layers
 from lbq.runtime.engine import DecoderEngine
-from lbq.runtime.fused.engine import default_plan, make_ready
+from lbq.runtime.fused.engine import default_plan, set_choice
 from lbq.runtime.fused.graphs import StepGraphs
 from lbq.runtime.fused.plan import Plan
 from lbq.runtime.fused.step import FusedStep
@@ -96,7 +96,7 @@ class FusedBatch:
         text, part = self.engines[place], self._chain.of_text(place)
         text._state.length = held
         logits = text.prefill(ids)
-        self._choices[place] = make_ready(part, sampling, ids)
+        self._choices[place] = set_choice(part, sampling, ids)
         self._next[place] = text.position
         part.start(0, text.position - 1)
         choose(logits, part, self._choices[place])

@@ -68,7 +68,7 @@ class FusedEngine(DecoderEngine):
         the repetition penalty is for, beside those chosen. Raises BrokenLogitsError for logits that are not finite.
         """
         start, device = self.position, self._decoder.device
-        choice = make_ready(self._chain, options, prompt)
+        choice = set_choice(self._chain, options, prompt)
         self._chain.start(0, start - 1)
         choose(logits, self._chain, choice, pdl=self._pdl)  # the token at ``start``
         most = min(most, self.context - start)
@@ -94,14 +94,14 @@ class FusedEngine(DecoderEngine):
         """
         for options in ways:
             for short in (True, False):
-                self._graphs.run(make_ready(self._chain, options, ()), short)
+                self._graphs.run(set_choice(self._chain, options, ()), short)
         for length in prompts:
             self._state.length = 0
             ids = torch.zeros(min(length, self.context), dtype=torch.int64, device=self._decoder.device)
             self._decoder.forward(ids, self._state, layers=self._layers)
 
 
-def make_ready(chain: Chain, options: SamplingOptions, prompt: Sequence[int]) -> Choice:
+def set_choice(chain: Chain, options: SamplingOptions, prompt: Sequence[int]) -> Choice:
     """Set ``chain`` to choose by ``options`` behind ``prompt``; the kernels that this takes."""
     return chain.set(
         temperature=options.temperature,

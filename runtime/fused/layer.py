@@ -16,14 +16,6 @@ from lbq.runtime.kernels.planes import Activations, Normed
 from lbq.runtime.kernels.project import Activation, project
 
 
-def write_planes(y: torch.Tensor, to: Normed | Activations | None, *, pdl: bool, onward: bool = True) -> None:
-    """By a launch of their own."""
-    if isinstance(to, Normed):
-        planes.norm(y, to, pdl=pdl, onward=onward)
-    elif to is not None:
-        planes.plain(y, to, pdl=pdl, onward=onward)
-
-
 @dataclass(frozen=True)
 class Product:
     """One projection, ready to launch."""
@@ -45,7 +37,7 @@ class Product:
         return self.how.apart and self.to is not None
 
     def launch(self, *, pdl: bool) -> None:
-        """The product, and where it is done apart the writing of its planes."""
+        """The product, and where they are written apart its planes."""
         project(
             self.x,
             self.weight,
@@ -63,8 +55,10 @@ class Product:
             following=self.following,
             lines=self.how.lines,
         )
-        if self.apart:
-            write_planes(self.y, self.to, pdl=pdl, onward=self.how.onward)
+        if self.apart and isinstance(self.to, Normed):
+            planes.norm(self.y, self.to, pdl=pdl, onward=self.how.onward)
+        elif self.apart and isinstance(self.to, Activations):
+            planes.plain(self.y, self.to, pdl=pdl, onward=self.how.onward)
 
 
 @dataclass(frozen=True)
